@@ -1,0 +1,1 @@
+../../common/_root/__init__.py
