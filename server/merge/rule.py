@@ -1,0 +1,136 @@
+"""What a merge rule is: a few pure functions over one layer.
+
+The engine owns one state per layer. For every update, on every layer that the update brings::
+
+    prepared = rule.prepare(state)            # costly, needs no client: runs between arrivals
+    state = rule.absorb(state, prepared, D)   # matrix products and sums
+
+then reduces two sums per layer to :class:`Totals`, and reads the model out with
+``rule.read(state, totals)``. Functions never change their arguments, so a state stays valid until the
+merge is committed. To add a rule: subclass :class:`Rule` in one file and name it in ``RULES``.
+
+Legend of shape suffixes: M out rows, N in columns, K numerical rank or core size, R update rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from math import fsum, sqrt
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fedmerge.common.layers import LayerSpec
+from fedmerge.common.taskvector import LayerUpdate
+
+
+class State(Protocol):
+    """What a rule keeps of one layer: a frozen dataclass whose fields are tensors.
+
+    Its size must not depend on how many updates it has absorbed.
+    """
+
+    def sum_of_squares(self) -> float:
+        """||S||_F^2 of the running sum it stands for, in float64."""
+        ...
+
+
+class Cadence(StrEnum):
+    """When a rule absorbs: once per task, or at every round of a task."""
+
+    TASK = "task"
+    ROUND = "round"
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """What one layer adds to the global scalars at one arrival, both in float64."""
+
+    update_sq: float
+    state_sq: float
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The global scalars after some number of merges; constant size.
+
+    Attributes:
+        merges: vectors absorbed so far (T).
+        norm_sum: sum over them of ||tau_i||_2, each over the whole model.
+        update_norm: ||tau_T||_2 of the last one.
+        state_norm: ||S_T||_2 of the running sum over the whole model.
+    """
+
+    merges: int = 0
+    norm_sum: float = 0.0
+    update_norm: float = 0.0
+    state_norm: float = 0.0
+
+    def after(self, sums: Iterable[LayerSums]) -> Totals:
+        """The scalars after one more merge; exact summation, so any grouping of layers gives the same bits."""
+        sums = list(sums)
+        update_norm = sqrt(fsum(s.update_sq for s in sums))
+        return replace(
+            self,
+            merges=self.merges + 1,
+            norm_sum=self.norm_sum + update_norm,
+            update_norm=update_norm,
+            state_norm=sqrt(fsum(s.state_sq for s in sums)),
+        )
+
+    @property
+    def mean_norm(self) -> float:
+        """Mean of the task vectors' norms; 0 before the first."""
+        return self.norm_sum / self.merges if self.merges else 0.0
+
+
+class Rule(BaseModel, ABC):
+    """A way of merging. Its fields are its options, validated, frozen and recorded with every result.
+
+    Class attributes:
+        name: how users pick it.
+        needs: statistics a site must send along with the task vector.
+        order_free: whether the result is the same in any order of arrival.
+        cadence: when it absorbs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    order_free: ClassVar[bool] = False
+    cadence: ClassVar[Cadence] = Cadence.TASK
+
+    @abstractmethod
+    def init(self, layer: LayerSpec) -> State:
+        """The state before any merge."""
+
+    def prepare(self, state: Any) -> Any:
+        """What absorbing needs that depends on the state alone; None when nothing does."""
+        return None
+
+    @abstractmethod
+    def absorb(self, state: Any, prepared: Any, update: LayerUpdate) -> State:
+        """The state after one more update of this layer, whose values are finite."""
+
+    @abstractmethod
+    def scale(self, totals: Totals) -> float:
+        """The factor c_T from the running sum to the merged task vector."""
+
+    @abstractmethod
+    def read(self, state: Any, totals: Totals) -> Tensor:
+        """The merged task vector of one layer: matrix layers (M, N), vectors (1, numel), float32."""
+
+    def lambda_t(self, totals: Totals) -> float:
+        """How much the running sum was shrunk: 1 / c_T, as papers report it; 0 where c_T is 0."""
+        scale = self.scale(totals)
+        return 1.0 / scale if scale else 0.0
+
+
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """A state's fields by name, for files and transport."""
+    return {f.name: getattr(state, f.name) for f in fields(state)}  # type: ignore[arg-type]

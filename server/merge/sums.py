@@ -1,0 +1,41 @@
+"""Running sums: the state of every rule that only adds.
+
+Sums are float32 like the vectors themselves; their squares are summed in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmerge.common.layers import LayerSpec
+from fedmerge.common.taskvector import LayerUpdate, LowRank
+
+
+@dataclass(frozen=True)
+class RunningSum:
+    """S_T = sum_i D_i of one layer as a matrix, float32."""
+
+    sum_MN: Tensor
+
+    @classmethod
+    def zero(cls, layer: LayerSpec) -> RunningSum:
+        return cls(torch.zeros(layer.matrix_shape))
+
+    def sum_of_squares(self) -> float:
+        return float(torch.linalg.vector_norm(self.sum_MN, dtype=torch.float64)) ** 2
+
+    def plus(self, update: LayerUpdate) -> RunningSum:
+        return RunningSum(added(self.sum_MN, update))
+
+    def read(self, scale: float) -> Tensor:
+        return self.sum_MN * scale
+
+
+def added(sum_MN: Tensor, update: LayerUpdate) -> Tensor:
+    """``S + D`` as a new tensor; a low-rank D is never built on its own."""
+    if isinstance(update, LowRank):
+        return torch.addmm(sum_MN, update.left_MR, update.right_RN)
+    return sum_MN + update.values.reshape(sum_MN.shape)
