@@ -1,0 +1,96 @@
+"""The engine in this process: threads over layers, no Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from fedmerge.common.layers import LayerSpec
+from fedmerge.common.taskvector import LayerUpdate, TaskVector
+from fedmerge.server.engine.engine import Engine, OnLayer, factorisation_failed
+from fedmerge.server.engine.placement import cost
+from fedmerge.server.engine.shard import Shard
+from fedmerge.server.merge.rule import LayerSums, Rule
+
+
+class LocalEngine(Engine):
+    """One shard in this process, its layers worked on by a pool of threads.
+
+    Args:
+        workers: threads over layers; by default the cores this process may use.
+        threads: threads inside one layer's linear algebra. It is set for the whole process until
+            the engine is closed.
+        device: where states live.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        layers: Iterable[LayerSpec],
+        *,
+        workers: int | None = None,
+        threads: int = 1,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(rule, layers, threads=threads)
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        self._workers = workers or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self._workers, "merge", torch.set_num_threads, (threads,))
+        self._shard = Shard(rule, self.layers.values(), device)
+        self._preparing: dict[str, Future[None]] = {}
+
+    @property
+    def workers(self) -> int:
+        return self._workers
+
+    def prepare(self, wait: bool = False) -> None:
+        for name in self._costliest_first(self.layers):
+            self._preparing[name] = self._pool.submit(self._shard.prepare, name)
+        if wait:
+            for future in self._preparing.values():
+                future.result()
+
+    def read_layer(self, name: str) -> Tensor:
+        return self._shard.read(name, self.totals)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._threads_before)
+
+    def _absorb(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
+        sums = {name: self._shard.untouched(name) for name in self.layers}
+        futures = {name: self._pool.submit(self._absorb_layer, name, update) for name in self._costliest_first(update.names)}
+        try:
+            for name, future in futures.items():
+                sums[name] = future.result()
+                on_layer(name)
+        except BaseException:
+            for future in futures.values():
+                future.cancel()
+            for future in futures.values():
+                if not future.cancelled():
+                    future.exception()
+            self._shard.abandon()
+            raise
+        return sums
+
+    def _absorb_layer(self, name: str, update: TaskVector) -> LayerSums:
+        preparing = self._preparing.pop(name, None)
+        if preparing is not None and not preparing.cancel():
+            preparing.result()
+        layer: LayerUpdate = update.read(name)
+        try:
+            return self._shard.absorb(name, layer)
+        except torch.linalg.LinAlgError as error:
+            raise factorisation_failed(name, error) from error
+
+    def _finish(self) -> None:
+        self._shard.finish()
+
+    def _costliest_first(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: (-cost(self.layers[name]), name))

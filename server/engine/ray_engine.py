@@ -1,0 +1,342 @@
+"""The engine on Ray actors: the only module that imports ray.
+
+Every actor holds some layers: their states and what was prepared. The driver sends one layer at a
+time, so no process holds a whole vector twice, and only numpy arrays and our own types travel.
+
+When an actor dies, its shard is rebuilt on a new one from the last exported states (owned by the
+driver, in Ray's object store) and the updates absorbed since, which the driver can still read. An
+update counts once its pending states are current on every shard; absorbing a layer again overwrites
+its pending state, so nothing is ever applied twice.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+from ray._private import ray_constants
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError
+from torch import Tensor
+
+from fedmerge.common.errors import ConfigError, EngineError, FedmergeError
+from fedmerge.common.layers import LayerSpec
+from fedmerge.common.taskvector import TaskVector
+from fedmerge.server.engine.engine import Engine, OnLayer, factorisation_failed
+from fedmerge.server.engine.placement import place
+from fedmerge.server.engine.shard import Shard, as_update
+from fedmerge.server.merge.rule import LayerSums, Rule, Totals
+
+IN_FLIGHT = 4
+"""Layers on their way to one actor at a time."""
+
+REVIVALS = 3
+"""How often one shard may lose its actor within one call before the call gives up."""
+
+LOST = (ActorDiedError, ActorUnavailableError, RayActorError, ObjectLostError)
+
+Arrays = tuple[Any, ...]
+
+
+class ShardActor:
+    """A shard behind array-valued calls; a plain class until Ray wraps it."""
+
+    def __init__(self, rule: Rule, layers: list[LayerSpec], threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        self._shard = Shard(rule, layers, "cuda" if ray.get_gpu_ids() else "cpu")
+
+    def absorb(self, name: str, arrays: Arrays) -> LayerSums:
+        try:
+            tensors = tuple(_tensor(array) for array in arrays)
+            return self._shard.absorb(name, as_update(tensors, self._shard.layers[name].shape))
+        except torch.linalg.LinAlgError as error:
+            raise factorisation_failed(name, error) from error
+
+    def untouched(self, names: list[str]) -> list[LayerSums]:
+        return [self._shard.untouched(name) for name in names]
+
+    def finish(self) -> None:
+        self._shard.finish()
+
+    def abandon(self) -> None:
+        self._shard.abandon()
+
+    def prepare(self) -> None:
+        for name in self._shard.layers:
+            self._shard.prepare(name)
+
+    def read(self, name: str, totals: Totals) -> Any:
+        return self._shard.read(name, totals).numpy()
+
+    def export(self) -> dict[str, tuple[type, dict[str, Any]]]:
+        exported = self._shard.export().items()
+        return {name: (kind, {f: t.numpy() for f, t in tensors.items()}) for name, (kind, tensors) in exported}
+
+    def restore(self, exported: Mapping[str, tuple[type, Mapping[str, Any]]]) -> None:
+        self._shard.restore(
+            {name: (kind, {f: _tensor(a) for f, a in arrays.items()}) for name, (kind, arrays) in exported.items()}
+        )
+
+    def whereabouts(self) -> dict[str, str | int]:
+        """Process id, host and device, for logs and tests."""
+        return {"pid": os.getpid(), "host": os.uname().nodename, "device": str(self._shard.device)}
+
+
+@dataclass
+class _Place:
+    """One shard: its layers, its actor, and what it takes to rebuild it."""
+
+    layers: list[LayerSpec]
+    actor: Any
+    exported: Any = None
+    exporting: Any = None
+    since: deque[TaskVector] = field(default_factory=deque)
+
+
+class RayEngine(Engine):
+    """Shards on Ray actors, placed by cost.
+
+    Ray must be running or startable: see :func:`start_ray`.
+
+    Args:
+        actors: how many; at most one per layer.
+        threads: torch threads in each actor.
+        num_gpus: GPUs per actor, fractions allowed; None gives each actor one if the cluster has
+            enough, an equal fraction if it has fewer, none if it has none.
+        num_cpus: CPUs Ray reserves per actor. 0 where Flower's simulation holds them all.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        layers: Iterable[LayerSpec],
+        *,
+        actors: int = 2,
+        threads: int = 1,
+        num_gpus: float | None = None,
+        num_cpus: float = 0,
+    ) -> None:
+        super().__init__(rule, layers, threads=threads)
+        if actors < 1:
+            raise ConfigError("an engine needs at least one actor", got=actors, wanted=">= 1")
+        start_ray()
+        groups = place(self.layers.values(), actors)
+        gpus = _gpus_per_actor(len(groups)) if num_gpus is None else num_gpus
+        environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
+        self._remote = ray.remote(num_cpus=num_cpus, num_gpus=gpus, max_restarts=0)(ShardActor).options(
+            scheduling_strategy="SPREAD", runtime_env={"env_vars": environment}
+        )
+        self._places = [_Place(group, self._start(group)) for group in groups]
+        self._place_of = {layer.name: place for place in self._places for layer in place.layers}
+        self._current: TaskVector | None = None
+
+    @property
+    def workers(self) -> int:
+        return len(self._places)
+
+    def whereabouts(self) -> list[dict[str, str | int]]:
+        """Process id, host and device of every actor."""
+        return [self._call(place, lambda actor: actor.whereabouts.remote()) for place in self._places]
+
+    def prepare(self, wait: bool = False) -> None:
+        started = [place.actor.prepare.remote() for place in self._places]
+        if wait:
+            for place, preparing in zip(self._places, started, strict=True):
+                self._wait(place, preparing, lambda actor: actor.prepare.remote())
+
+    def read_layer(self, name: str) -> Tensor:
+        totals = self.totals
+        return _tensor(self._call(self._place_of[name], lambda actor: actor.read.remote(name, totals)))
+
+    def close(self) -> None:
+        if ray.is_initialized():
+            for place in self._places:
+                ray.kill(place.actor)
+        self._places = []
+
+    def _absorb(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
+        self._current = update
+        try:
+            return self._absorb_everywhere(update, on_layer)
+        except BaseException:
+            self._current = None
+            for place in self._places:
+                self._call(place, lambda actor: actor.abandon.remote())
+            raise
+
+    def _absorb_everywhere(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
+        """Feeds every shard its layers, the costliest of each first, a few at a time."""
+        brought = frozenset(update.names)
+        sums: dict[str, LayerSums] = {}
+        waiting: list[tuple[_Place, deque[str], dict[Any, str]]] = []
+        for place in self._places:
+            names = [layer.name for layer in place.layers]
+            kept = [name for name in names if name not in brought]
+            sums.update(zip(kept, self._call(place, lambda actor, kept=kept: actor.untouched.remote(kept)), strict=True))
+            waiting.append((place, deque(name for name in names if name in brought), {}))
+        losses = 0
+        while any(names or sent for _, names, sent in waiting):
+            for place, names, sent in waiting:
+                while names and len(sent) < IN_FLIGHT:
+                    name = names.popleft()
+                    sent[place.actor.absorb.remote(name, _arrays(update, name))] = name
+            done, _ = ray.wait([ref for _, _, sent in waiting for ref in sent], num_returns=1)
+            for place, names, sent in waiting:
+                for ref in [ref for ref in done if ref in sent]:
+                    name = sent.pop(ref)
+                    try:
+                        sums[name] = _result(ref)
+                    except LOST as error:
+                        losses += 1
+                        if losses > REVIVALS:
+                            raise _given_up(place) from error
+                        self._revive(place)
+                        names.clear()
+                        names.extend(layer.name for layer in place.layers if layer.name in brought)
+                        sent.clear()
+                        break
+                    on_layer(name)
+        return sums
+
+    def _finish(self) -> None:
+        update = self._current
+        assert update is not None
+        for place in self._places:
+            self._finish_place(place, update)
+        for place in self._places:
+            place.since.append(update)
+            self._collect_export(place)
+            if place.exporting is None:
+                place.exporting = len(place.since), place.actor.export.remote()
+        self._current = None
+
+    def _finish_place(self, place: _Place, update: TaskVector) -> None:
+        for _ in range(REVIVALS):
+            try:
+                return _result(place.actor.finish.remote())
+            except LOST:
+                self._revive(place)
+                self._absorb_alone(place, update)
+        raise _given_up(place)
+
+    def _collect_export(self, place: _Place) -> None:
+        """Takes over an export that has arrived; what it contains need not be replayed."""
+        if place.exporting is None:
+            return
+        covered, reference = place.exporting
+        ready, _ = ray.wait([reference], timeout=0, fetch_local=False)
+        if not ready:
+            return
+        place.exporting = None
+        try:
+            ray.get(reference)
+        except LOST:
+            return
+        place.exported = reference
+        for _ in range(covered):
+            place.since.popleft()
+
+    def _revive(self, place: _Place) -> None:
+        """A new actor with the shard's last exported states and every update since."""
+        self._collect_export(place)
+        place.exporting = None
+        ray.kill(place.actor)
+        place.actor = self._start(place.layers)
+        try:
+            if place.exported is not None:
+                _result(place.actor.restore.remote(place.exported))
+            for update in place.since:
+                self._absorb_alone(place, update)
+                _result(place.actor.finish.remote())
+        except LOST as error:
+            raise _given_up(place) from error
+
+    def _absorb_alone(self, place: _Place, update: TaskVector) -> None:
+        brought = frozenset(update.names)
+        for layer in place.layers:
+            if layer.name in brought:
+                _result(place.actor.absorb.remote(layer.name, _arrays(update, layer.name)))
+
+    def _call(self, place: _Place, call: Callable[[Any], Any]) -> Any:
+        """One call that may be repeated on a new actor."""
+        return self._wait(place, call(place.actor), call)
+
+    def _wait(self, place: _Place, reference: Any, again: Callable[[Any], Any]) -> Any:
+        for _ in range(REVIVALS):
+            try:
+                return _result(reference)
+            except LOST:
+                self._revive(place)
+                reference = again(place.actor)
+        raise _given_up(place)
+
+    def _start(self, layers: list[LayerSpec]) -> Any:
+        return self._remote.remote(self.rule, layers, self.threads)
+
+
+def start_ray(address: str | None = None, *, num_cpus: int | None = None, wait: float = 0.0) -> None:
+    """Attaches to the Ray that is there, or starts a private local one (loopback, no dashboard).
+
+    Args:
+        address: ``host:port`` of a cluster; None uses RAY_ADDRESS, else a local instance.
+        num_cpus: CPUs of a local instance.
+        wait: seconds to wait for somebody else in this process to start Ray first, as Flower's
+            simulation does.
+
+    Raises:
+        EngineError: no cluster at the address, or nobody started Ray in time.
+    """
+    deadline = time.monotonic() + wait
+    while wait and not ray.is_initialized():
+        if time.monotonic() > deadline:
+            raise EngineError("Ray was not started", got=f"nothing after {wait:.0f} s")
+        time.sleep(0.1)
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    local: dict[str, Any] = {"include_dashboard": False, "num_cpus": num_cpus}
+    # Ray turns 127.0.0.1 into the host's address unless clusters are off; off, every port is on loopback.
+    ray_constants.ENABLE_RAY_CLUSTER = where != "local"
+    try:
+        ray.init(address=where, namespace="fedmerge", log_to_driver=False, logging_level="warning",
+                 **(local if where == "local" else {}))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError("cannot reach Ray", got=str(error).splitlines()[0], where=where,
+                          do="Give the address of a running cluster, or none to start a local one.") from error
+
+
+def _gpus_per_actor(actors: int) -> float:
+    gpus = float(ray.cluster_resources().get("GPU", 0.0))
+    return min(1.0, gpus / actors)
+
+
+def _arrays(update: TaskVector, name: str) -> Arrays:
+    return tuple(tensor.contiguous().numpy() for tensor in update.read(name).tensors())
+
+
+def _tensor(array: Any) -> Tensor:
+    """A copy of its own: arrays from the object store are read-only and may be freed."""
+    return torch.tensor(array)
+
+
+def _result(reference: Any) -> Any:
+    """A call's result; our own typed errors come out as themselves."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, FedmergeError):
+            raise error.cause from error
+        raise
+
+
+def _given_up(place: _Place) -> EngineError:
+    return EngineError("its actor keeps dying", where=f"shard of {len(place.layers)} layers",
+                       got=f"{REVIVALS} losses in one call", do="Look at the memory of the Ray node.")

@@ -1,0 +1,98 @@
+"""Some layers of the model, with the state a rule keeps of them. No Ray, no threads, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmerge.common.layers import LayerSpec
+from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank
+from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals, tensors_of
+
+
+class Shard:
+    """Layers, their states and what was prepared for the next arrival.
+
+    An arrival is absorbed layer by layer into pending states; :meth:`finish` makes them current at
+    once, :meth:`abandon` drops them. Both may be repeated.
+    """
+
+    def __init__(self, rule: Rule, layers: Iterable[LayerSpec], device: str = "cpu") -> None:
+        self.rule = rule
+        self.layers = {layer.name: layer for layer in layers}
+        self.device = torch.device(device)
+        self.states: dict[str, State] = {}
+        self.squares: dict[str, float] = {}
+        self._prepared: dict[str, Any] = {}
+        self._pending: dict[str, tuple[State, float]] = {}
+
+    def absorb(self, name: str, update: LayerUpdate) -> LayerSums:
+        """Absorbs one layer of an arrival, pending until :meth:`finish`."""
+        update = self._placed(update)
+        state = self.rule.absorb(self._state(name), self._take_prepared(name), update)
+        sums = LayerSums(update.sum_of_squares(), state.sum_of_squares())
+        self._pending[name] = state, sums.state_sq
+        return sums
+
+    def untouched(self, name: str) -> LayerSums:
+        """The sums of a layer that an arrival does not change."""
+        return LayerSums(0.0, self.squares.get(name, 0.0))
+
+    def finish(self) -> None:
+        """Makes the pending states current."""
+        for name, (state, square) in self._pending.items():
+            self.states[name], self.squares[name] = state, square
+            self._prepared.pop(name, None)
+        self._pending = {}
+
+    def abandon(self) -> None:
+        """Forgets the pending states; the current ones were never touched."""
+        self._pending = {}
+
+    def prepare(self, name: str) -> None:
+        """Factorises one layer's state for the next arrival, unless that was done."""
+        if name not in self._prepared:
+            self._prepared[name] = self.rule.prepare(self._state(name))
+
+    def read(self, name: str, totals: Totals) -> Tensor:
+        """The merged task vector of one layer, in the layer's shape, float32, on the CPU."""
+        return self.rule.read(self._state(name), totals).reshape(self.layers[name].shape).cpu()
+
+    def export(self) -> dict[str, tuple[type, dict[str, Tensor]]]:
+        """Every touched layer's state as its type and its tensors on the CPU, enough for :meth:`restore`."""
+        return {
+            name: (type(state), {field: tensor.cpu() for field, tensor in tensors_of(state).items()})
+            for name, state in self.states.items()
+        }
+
+    def restore(self, exported: Mapping[str, tuple[type, Mapping[str, Tensor]]]) -> None:
+        """Takes over exported states and forgets everything else."""
+        self.states = {name: self._placed(kind(**tensors)) for name, (kind, tensors) in exported.items()}
+        self.squares = {name: state.sum_of_squares() for name, state in self.states.items()}
+        self._prepared, self._pending = {}, {}
+
+    def _state(self, name: str) -> State:
+        """A layer's state; one that no update has touched takes no memory between calls."""
+        state = self.states.get(name)
+        return self._placed(self.rule.init(self.layers[name])) if state is None else state
+
+    def _take_prepared(self, name: str) -> Any:
+        """What was prepared, released here so that it does not outlive its use."""
+        self.prepare(name)
+        return self._prepared.pop(name)
+
+    def _placed(self, holder: Any) -> Any:
+        """A state or an update with its tensors on this shard's device."""
+        if self.device.type == "cpu":
+            return holder
+        moved = {f.name: getattr(holder, f.name) for f in fields(holder)}
+        return type(holder)(**{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+def as_update(tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> LayerUpdate:
+    """A layer's update from its tensors: one is dense, two are the factors of a product."""
+    return Dense(tensors[0].reshape(shape)) if len(tensors) == 1 else LowRank(tensors[0], tensors[1], shape)
