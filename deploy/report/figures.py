@@ -1,0 +1,428 @@
+"""The figures of a report, one function each, from results alone.
+
+Each returns a matplotlib Figure of its own; pyplot and its global state are not used. Colours are
+the colour-blind-safe ones of Okabe and Ito, continued by Paul Tol's "muted"; a rule keeps its colour
+and its marker in every figure. Black and grey belong to the bounds: the base (zero-shot) below, one
+fine-tuned model per task above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+
+from fedmerge.deploy.report import metrics
+from fedmerge.deploy.report.results import MergeRow, Results
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#882255",
+    "#332288",
+    "#999933",
+    "#117733",
+    "#AA4499",
+    "#44AA99",
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+HATCHES = ("", "//", "..", "xx")  # a second round of the colours
+INK, GREY, PALE, WASH = "#1a1a1a", "#6b6b6b", "#dddddd", "#f2f2f2"
+UP, DOWN = "#0072B2", "#E69F00"
+WIDTH = 10.5  # inches; the report's column
+MAX_NAME = 18  # letters of a task's or site's name in a figure
+MAX_BARS_IN_A_ROW = 48
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a rule is drawn, everywhere."""
+
+    colour: str
+    marker: str
+    hatch: str
+
+
+def looks(results: Results) -> dict[str, Look]:
+    """One look per rule, by its place in the results."""
+    return {
+        rule: Look(
+            COLOURS[n % len(COLOURS)],
+            MARKERS[n % len(MARKERS)],
+            HATCHES[n // len(COLOURS) % len(HATCHES)],
+        )
+        for n, rule in enumerate(results.rules)
+    }
+
+
+def short(name: str, letters: int = MAX_NAME) -> str:
+    """A name for a figure: the middle of a long one is left out, and ``$`` stays a dollar sign."""
+    name = "".join(letter if letter.isprintable() else " " for letter in name)
+    if len(name) > letters:
+        tail = (letters - 1) // 3
+        name = f"{name[: letters - 1 - tail]}…{name[len(name) - tail :]}"
+    return name.replace("$", r"\$")
+
+
+def accuracy_matrix(results: Results, rule: str) -> Figure:
+    """Heat map of one rule: task by column, merge by row, base on top, fine-tuned at the bottom.
+
+    Every rule has the same colours: from the lowest accuracy of a merged task under any rule, rounded
+    down to tens, to 100 %. A filled cell is a task that has been merged; a white cell with a grey
+    number is one that has not been yet; a hatched cell was not measured.
+    """
+    result, learned = results.rules[rule], results.learned(rule)
+    tasks, merges = len(results.tasks), len(result.merges)
+    cmap, scale = mpl.colormaps["viridis"].resampled(20), Normalize(_lowest_merged(results), 100)
+    figure = _figure(max(4.8, 2.5 + 0.46 * tasks), 1.9 + 0.27 * (merges + 2))
+    ax = figure.add_subplot()
+
+    lines: list[tuple[float, str, Sequence[float | None], Sequence[bool]]] = []
+    lines.append((0, "base, zero-shot", [results.zero_shot.get(t) for t in results.tasks], [False] * tasks))
+    for merge, row in enumerate(result.accuracy):
+        seen = [at is not None and at <= merge for at in learned]
+        lines.append((merge + 1.3, f"{merge + 1}  {short(result.merges[merge].task)}", row, seen))
+    tuned = [results.fine_tuned.get(t) for t in results.tasks]
+    lines.append((merges + 1.6, "fine-tuned alone", tuned, [True] * tasks))
+    for top, _, line, filled in lines:
+        for column, accuracy in enumerate(line):
+            _cell(ax, column, top, _percent(accuracy), scale, cmap, seen=filled[column])
+
+    ax.set(xlim=(0, max(tasks, 1)), ylim=(merges + 2.6, 0), ylabel="after merge (number, task merged)")
+    ax.set_yticks([top + 0.5 for top, *_ in lines], [label for _, label, *_ in lines])
+    ax.set_xticks([n + 0.5 for n in range(tasks)], [short(t) for t in results.tasks], rotation=90)
+    ax.set_xlabel("task tested on, in order of arrival")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_title(f"{short(rule, 40)}", loc="left", weight="bold")
+    figure.colorbar(ScalarMappable(scale, cmap), ax=ax, label="accuracy (%)", pad=0.02, aspect=25)
+    return figure
+
+
+def accuracy_over_merges(results: Results) -> Figure:
+    """The mean accuracy over the tasks merged so far, one line per rule, with both bounds dashed.
+
+    The bounds are means over the very same tasks as the rules' points, so they move with them.
+    """
+    figure = _figure(WIDTH, 4.6)
+    ax = figure.add_subplot()
+    longest = _longest(results)
+    for rule, look in looks(results).items():
+        _line(ax, results.rules[rule].accuracy_so_far, look, short(rule, 26), factor=100)
+    if longest is not None:
+        learned, merges = results.learned(longest), len(results.rules[longest].merges)
+        for name, source, dash in (
+            ("fine-tuned alone", results.fine_tuned, "--"),
+            ("base, zero-shot", results.zero_shot, ":"),
+        ):
+            rows = [[source.get(task) for task in results.tasks]] * merges
+            bound = [_percent(a) for a in metrics.accuracy_so_far(rows, learned)]
+            places, heights = _points(bound)
+            if merges == 1:  # a line of one point is not seen
+                places, heights = [0.8, 1.2], heights * 2
+            ax.plot(places, heights, color=INK, linestyle=dash, linewidth=1.6, label=name)
+    _merge_axis(ax, results)
+    _grid(ax, "y")
+    ax.set_ylabel("mean accuracy over\nthe tasks merged so far (%)")
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low - 2, 0), min(high + 2, 100))
+    _legend_right(ax)
+    return figure
+
+
+def final_accuracy(results: Results) -> Figure:
+    """Bars of every rule by task after the last merge, with the base and fine-tuned alone as marks."""
+    tasks, rules = results.tasks, looks(results)
+    across = max(1, min(len(tasks), MAX_BARS_IN_A_ROW // max(len(rules), 1)))
+    down = math.ceil(len(tasks) / across) or 1
+    across = math.ceil(len(tasks) / down) or 1
+    figure = _figure(WIDTH, 1.3 + 2.1 * down)
+    for row in range(down):
+        ax = figure.add_subplot(down, 1, row + 1)
+        part = range(row * across, min((row + 1) * across, len(tasks)))
+        _task_bars(ax, results, part, across)
+    handles: list[Patch | Line2D] = [
+        Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=short(rule, 26))
+        for rule, look in rules.items()
+    ]
+    handles += [
+        Line2D([], [], color=INK, linewidth=1.6, label="fine-tuned alone"),
+        Line2D([], [], color=INK, linewidth=1.6, linestyle=":", label="base, zero-shot"),
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)), frameon=False)
+    return figure
+
+
+def forgetting(results: Results) -> Figure:
+    """Heat map, rule by row and task by column: points lost since a task's best accuracy."""
+    lost = {
+        rule: [
+            _percent(f)
+            for f in metrics.forgetting_by_task(results.rules[rule].accuracy, results.learned(rule))
+        ]
+        for rule in results.rules
+    }
+    bound = max((abs(f) for row in lost.values() for f in row if f is not None), default=1.0) or 1.0
+    cmap, scale = mpl.colormaps["PuOr_r"], Normalize(-bound, bound)
+    tasks = len(results.tasks)
+    figure = _figure(min(WIDTH, max(5.5, 3 + 0.5 * (tasks + 1))), 2.1 + 0.3 * len(lost))
+    ax = figure.add_subplot()
+    for row, values in enumerate(lost.values()):
+        _cell(ax, tasks + 0.3, row, metrics.mean(values), scale, cmap, seen=True, digits=1)
+        for column, value in enumerate(values):
+            _cell(ax, column, row, value, scale, cmap, seen=True, digits=1)
+    ax.set(
+        xlim=(0, tasks + 1.3), ylim=(max(len(lost), 1), 0), xlabel="task, in order of arrival", ylabel="rule"
+    )
+    ax.set_yticks([n + 0.5 for n in range(len(lost))], [short(rule, 24) for rule in lost])
+    ax.set_xticks(
+        [*(n + 0.5 for n in range(tasks)), tasks + 0.8],
+        [*(short(t) for t in results.tasks), "mean"],
+        rotation=90,
+    )
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    figure.colorbar(ScalarMappable(scale, cmap), ax=ax, label="forgetting\n(points)", pad=0.02)
+    return figure
+
+
+def norms(results: Results) -> Figure:
+    """Norms of the arriving vectors and of the merged vector, and lambda_t, over merges."""
+    figure = _figure(WIDTH, 6.0)
+    top = figure.add_subplot(2, 1, 1)
+    bottom = figure.add_subplot(2, 1, 2, sharex=top)
+    shared = _same_updates(results)
+    for rule, look in looks(results).items():
+        merges = results.rules[rule].merges
+        _line(top, [merge.merged_norm for merge in merges], look, short(rule, 26))
+        _line(bottom, [merge.lambda_t for merge in merges], look)
+        if not shared:
+            _crosses(top, merges, look.colour)
+    if shared and (longest := _longest(results)) is not None:
+        _crosses(top, results.rules[longest].merges, INK)
+    top.plot([], [], "x", color=INK, label="arriving task vector")
+    _legend_right(top)
+    top.set_ylabel("Frobenius norm\n(weight units)")
+    bottom.set_ylabel("lambda_t\n(no unit)")
+    for ax in (top, bottom):
+        _grid(ax, "y")
+        low, high = ax.get_ylim()
+        ax.set_ylim(0 if low >= 0 else low, high)
+    _merge_axis(bottom, results)
+    top.tick_params(labelbottom=False)
+    return figure
+
+
+def traffic(results: Results) -> Figure:
+    """Bytes each site sent and received."""
+    sites = results.sites_traffic
+    size, unit = _byte_unit([b for site in sites for b in (site.up_bytes, site.down_bytes)])
+    figure = _figure(WIDTH, 1.3 + 0.36 * max(len(sites), 1))
+    ax = figure.add_subplot()
+    for offset, colour, name, sent in (
+        (-0.19, UP, "up: site to server", [s.up_bytes / size for s in sites]),
+        (0.19, DOWN, "down: server to site", [s.down_bytes / size for s in sites]),
+    ):
+        bars = ax.barh([n + offset for n in range(len(sites))], sent, 0.36, color=colour, label=name)
+        ax.bar_label(bars, [f"{value:,.1f}" for value in sent], padding=3)
+    ax.set_yticks(range(len(sites)), [short(s.site) for s in sites])
+    ax.set(xlabel=f"payload ({unit})", ylabel="site", ylim=(max(len(sites), 1) - 0.4, -0.6))
+    ax.margins(x=0.1)
+    _grid(ax, "x")
+    _legend_right(ax)
+    return figure
+
+
+def seconds(results: Results) -> Figure:
+    """Wall-clock time by phase of the run; the total is not drawn, as it is no phase."""
+    phases = {name: spent for name, spent in results.seconds.items() if name != "total"}
+    figure = _figure(WIDTH * 0.75, 1.1 + 0.36 * max(len(phases), 1))
+    ax = figure.add_subplot()
+    bars = ax.barh(range(len(phases)), list(phases.values()), 0.6, color=GREY)
+    ax.bar_label(bars, [f"{spent:,.1f}" for spent in phases.values()], padding=3)
+    ax.set_yticks(range(len(phases)), [short(name, 26) for name in phases])
+    ax.set(xlabel="wall-clock time (s)", ylabel="phase", ylim=(max(len(phases), 1) - 0.4, -0.6))
+    ax.margins(x=0.1)
+    _grid(ax, "x")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def _points(values: Iterable[float | None]) -> tuple[list[float], list[float]]:
+    """Merge numbers from 1 and values; a missing value breaks the line."""
+    filled = [math.nan if v is None else v for v in values]
+    return [float(n + 1) for n in range(len(filled))], filled
+
+
+def _line(
+    ax: Axes, values: Sequence[float | None], look: Look, label: str | None = None, *, factor: float = 1
+) -> None:
+    ax.plot(
+        *_points(None if v is None else factor * v for v in values),
+        color=look.colour,
+        marker=look.marker,
+        markersize=5,
+        linewidth=1.6,
+        linestyle="-" if not look.hatch else "-.",
+        label=label,
+    )
+
+
+def _crosses(ax: Axes, merges: Sequence[MergeRow], colour: str) -> None:
+    ax.plot(
+        *_points(merge.update_norm for merge in merges),
+        "x",
+        color=colour,
+        markersize=6,
+        markeredgewidth=1.6,
+        zorder=5,
+    )
+
+
+def _cell(
+    ax: Axes,
+    left: float,
+    top: float,
+    value: float | None,
+    scale: Normalize,
+    cmap: Colormap,
+    *,
+    seen: bool,
+    digits: int = 0,
+) -> None:
+    """One cell of a heat map: filled when ``seen``, else white; hatched when there is no value."""
+    face = to_rgba("white" if value is None or not seen else cmap(float(scale(value))))
+    ax.add_patch(
+        Rectangle(
+            (left, top),
+            1,
+            1,
+            facecolor=WASH if value is None else face,
+            edgecolor=PALE if value is None or not seen else "white",
+            linewidth=0.8,
+            hatch="////" if value is None else None,
+        )
+    )
+    if value is None:
+        return
+    red, green, blue, _ = face
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.45
+    ax.text(
+        left + 0.5,
+        top + 0.52,
+        f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−"),  # noqa: RUF001  (a minus sign)
+        ha="center",
+        va="center",
+        fontsize=8,
+        color="white" if dark else INK if seen else GREY,
+    )
+
+
+def _task_bars(ax: Axes, results: Results, part: range, across: int) -> None:
+    """The bars of some tasks; ``across`` groups are given room, so that rows of tasks line up."""
+    rules = looks(results)
+    width = 0.8 / max(len(rules), 1)
+    finals = {rule: results.final(rule) for rule in rules}
+    for place, (rule, look) in enumerate(rules.items()):
+        heights = [_percent(finals[rule][task]) or 0 for task in part]
+        places = [n - 0.4 + (place + 0.5) * width for n in range(len(part))]
+        ax.bar(
+            places, heights, width * 0.94, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0
+        )
+        for x, task in zip(places, part, strict=True):
+            if finals[rule][task] is None:
+                ax.text(x, 1, "n/a", ha="center", va="bottom", fontsize=7, color=GREY, rotation=90)
+    for n, task in enumerate(part):
+        for source, dash in ((results.fine_tuned, "-"), (results.zero_shot, ":")):
+            bound = _percent(source.get(results.tasks[task]))
+            if bound is not None:
+                ax.plot([n - 0.45, n + 0.45], [bound, bound], color=INK, linewidth=1.6, linestyle=dash)
+    crowded = across > 8
+    ax.set_xticks(
+        range(len(part)),
+        [short(results.tasks[task]) for task in part],
+        rotation=35 if crowded else 0,
+        ha="right" if crowded else "center",
+        rotation_mode="anchor" if crowded else None,
+    )
+    ax.set(xlim=(-0.6, max(across, 3) - 0.4), ylim=(0, 100), ylabel="accuracy (%)")
+    ax.tick_params(axis="x", length=0)
+    _grid(ax, "y")
+
+
+def _merge_axis(ax: Axes, results: Results) -> None:
+    """Merges on the x axis, numbered from 1, with the task that each brought."""
+    longest = _longest(results)
+    merges = results.rules[longest].merges if longest is not None else []
+    ax.set_xticks(
+        range(1, len(merges) + 1),
+        [f"{n}  {short(merge.task)}" for n, merge in enumerate(merges, start=1)],
+        rotation=35,
+        ha="right",
+        rotation_mode="anchor",
+    )
+    ax.set(xlim=(0.6, max(len(merges), 1) + 0.4), xlabel="merge (number, task merged)")
+
+
+def _longest(results: Results) -> str | None:
+    """The rule with the most merges; its merges label the axis."""
+    return max(results.rules, key=lambda rule: len(results.rules[rule].merges), default=None)
+
+
+def _lowest_merged(results: Results) -> float:
+    """The lowest accuracy of a merged task under any rule or fine-tuned alone, in %, in tens; 90 at most."""
+    merged = [a for a in results.fine_tuned.values() if a is not None]
+    for rule, result in results.rules.items():
+        for task, row in enumerate(results.learned(rule)):
+            seen = result.accuracy[row:] if row is not None else []
+            merged += [a for line in seen if (a := line[task]) is not None]
+    return min(10.0 * math.floor(10 * min(merged, default=0.0)), 90.0)
+
+
+def _same_updates(results: Results) -> bool:
+    """Whether every rule was given the same vectors, as far as their norms tell."""
+    longest = _longest(results)
+    wanted = [merge.update_norm for merge in results.rules[longest].merges] if longest is not None else []
+    return all(
+        math.isclose(merge.update_norm, norm, rel_tol=1e-6)
+        for result in results.rules.values()
+        for merge, norm in zip(result.merges, wanted, strict=False)
+    )
+
+
+def _byte_unit(sizes: Sequence[int]) -> tuple[float, str]:
+    """The decimal unit in which the largest of some sizes has one to three digits before the point."""
+    largest = max(sizes, default=0)
+    return next(
+        ((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if largest >= size), (1, "B")
+    )
+
+
+def _grid(ax: Axes, axis: str) -> None:
+    ax.grid(axis=axis, color=PALE, linewidth=0.8)  # type: ignore[arg-type]
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _legend_right(ax: Axes) -> None:
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)

@@ -1,0 +1,202 @@
+"""Whether the report says everything, in one file that asks nothing of a network."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from pathlib import Path
+
+import pytest
+from fake_results import RULES, TASKS, fake_results
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from fedmerge.deploy.report import figures
+from fedmerge.deploy.report.console import percent, print_summary
+from fedmerge.deploy.report.page import format_bytes, render, summary, write_report
+from fedmerge.deploy.report.results import Results, RuleResults
+
+FIGURES = ("acc", "final", "forgetting", "norms", "traffic", "seconds")
+SIZES = [(1, 1), (1, 12), (2, 1), (8, 4), (20, 8)]
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(fake_results(gap=True, failures=1))
+
+
+def _without(results: Results, **changes: object) -> Results:
+    return results.model_copy(update=changes)
+
+
+class TestPage:
+    def test_every_rule_task_site_and_figure_is_there(self, page: str) -> None:
+        text = html.unescape(page)
+        for name in (*RULES[:4], *TASKS[:8], *(f"site-{n:02d}" for n in range(1, 9))):
+            assert f">{name}<" in text
+        for anchor in (*FIGURES, *(f"matrix-{n}" for n in range(1, 5))):
+            assert len(re.findall(rf'<(?:figure|div)[^>]*id="{anchor}"', page)) == 1
+        assert page.count("<svg") == page.count("</svg>") == len(FIGURES) + 4
+
+    def test_nothing_is_fetched_or_run(self, page: str) -> None:
+        assert "http:" not in page
+        assert "https:" not in page
+        assert "<script" not in page
+        assert "<link" not in page
+        assert "@import" not in page
+        assert all(target.startswith("data:") for target in re.findall(r'src="([^"]*)"', page))
+        assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+        assert all(target.startswith(("#", "data:")) for target in re.findall(r'href="([^"]*)"', page))
+
+    def test_identifiers_are_unique_and_references_resolve(self, page: str) -> None:
+        identifiers = re.findall(r'\bid="([^"]*)"', page)
+        assert len(set(identifiers)) == len(identifiers)
+        assert set(re.findall(r'(?:url\(|href=")#([^)"]*)', page)) <= set(identifiers)
+
+    def test_markup_in_names_is_text(self) -> None:
+        evil = '<script>alert("1")</script> & $x^2$'
+        page = render(fake_results((evil, *TASKS[:2]), ("<b>opcm</b>", "ties"), failures=1))
+        assert "<script" not in page
+        assert "<b>opcm" not in page
+        assert html.escape("<script>alert(") in page
+        assert "$x^2$" in page
+
+    def test_equal_results_give_equal_pages(self) -> None:
+        assert render(fake_results(TASKS[:2])) == render(fake_results(TASKS[:2]))
+
+    def test_failures_are_listed_only_when_there_are_any(self, page: str) -> None:
+        assert "no reply before the deadline" in page
+        assert 'id="failures"' not in render(fake_results(TASKS[:2]))
+
+    def test_missing_measurements_are_counted(self, page: str) -> None:
+        assert "all rules: 1 task in ACC, 1 task in BWT, 1 task in forgetting" in page
+
+    @pytest.mark.parametrize(("tasks", "rules"), SIZES)
+    def test_small_and_large_runs_are_written(self, tmp_path: Path, tasks: int, rules: int) -> None:
+        path = write_report(fake_results(TASKS[:tasks], RULES[:rules]), tmp_path / "new" / "report.html")
+        page = path.read_text(encoding="utf-8")
+        assert page.count("<svg") == len(FIGURES) + rules
+        assert all(f">{name}<" in page for name in (*TASKS[:tasks], *RULES[:rules]))
+
+    def test_a_run_without_any_merge_is_written(self) -> None:
+        results = fake_results(TASKS[:2], RULES[:1])
+        bare = RuleResults.measured(results.tasks, [], [])
+        page = render(
+            _without(results, rules={"opcm": bare}, zero_shot={}, fine_tuned={}, sites_traffic=[], seconds={})
+        )
+        assert "No rule got as far as a measured merge." in page
+
+    def test_a_run_without_rules_is_written(self) -> None:
+        assert "under 0 rules" in render(_without(fake_results(TASKS[:2]), rules={}))
+
+
+class TestSummary:
+    def test_it_names_the_highest_rule_and_its_lead(self) -> None:
+        results = fake_results()
+        first, second = (results.rules[rule].acc or 0.0 for rule in RULES[:2])
+        assert (
+            f"opcm ended highest, with a mean accuracy of {100 * first:.1f} %, "
+            f"{100 * (first - second):.1f} points above task_arithmetic"
+        ) in summary(results)
+
+    def test_a_tie_is_called_level(self) -> None:
+        results = fake_results()
+        same = _without(results, rules={"a": results.rules["opcm"], "b": results.rules["opcm"]})
+        assert "a and b ended level and highest" in summary(same)
+
+    def test_it_says_what_was_lost_most_and_where(self) -> None:
+        merges = fake_results(TASKS[:2], RULES[:1]).rules[RULES[0]].merges
+        kept = RuleResults.measured(TASKS[:2], [[0.9, 0.1], [0.9, 0.9]], merges)
+        lost = RuleResults.measured(TASKS[:2], [[0.9, 0.1], [0.5, 0.9]], merges)
+        results = _without(fake_results(TASKS[:2]), rules={"kept": kept, "lost": lost})
+        assert "Forgotten most was sun397: 40.0 points below its best under lost" in summary(results)
+        assert "under kept no task lost accuracy" in summary(results)
+        assert "No task lost accuracy to later merges." in summary(_without(results, rules={"kept": kept}))
+
+    def test_one_task_cannot_be_forgotten(self) -> None:
+        assert "Forgetting cannot be told" in summary(fake_results(TASKS[:1], RULES[:1]))
+
+    def test_bytes_are_added_up_over_sites(self) -> None:
+        results = fake_results()
+        up = sum(site.up_bytes for site in results.sites_traffic)
+        assert f"{up / 1e6:.1f} MB up" in summary(results)
+
+    @pytest.mark.parametrize(
+        ("size", "text"),
+        [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (91_240_000, "91.2 MB"), (2 * 10**12, "2.00 TB")],
+    )
+    def test_sizes_are_decimal(self, size: int, text: str) -> None:
+        assert format_bytes(size) == text
+
+
+class TestFigures:
+    def test_a_rule_has_one_look_and_no_two_are_alike(self) -> None:
+        looks = figures.looks(fake_results(TASKS[:1], [f"rule {n}" for n in range(24)]))
+        assert len(set(looks.values())) == 24
+
+    @pytest.mark.parametrize(
+        "draw",
+        [
+            lambda results: figures.accuracy_matrix(results, RULES[0]),
+            figures.accuracy_over_merges,
+            figures.forgetting,
+            figures.traffic,
+            figures.seconds,
+        ],
+    )
+    def test_both_axes_are_labelled(self, draw: object) -> None:
+        figure = draw(fake_results(TASKS[:3]))  # type: ignore[operator]
+        assert isinstance(figure, Figure)
+        assert figure.axes[0].get_xlabel()
+        assert figure.axes[0].get_ylabel()
+
+    def test_matrices_of_all_rules_share_their_colours(self) -> None:
+        results = fake_results()
+        limits = {figures.accuracy_matrix(results, rule).axes[1].get_ylim() for rule in RULES[:4]}
+        assert len(limits) == 1
+
+    def test_tasks_not_merged_yet_are_white_and_unmeasured_cells_hatched(self) -> None:
+        cells = figures.accuracy_matrix(fake_results(gap=True), RULES[0]).axes[0].patches
+        white = [cell for cell in cells if cell.get_facecolor() == (1, 1, 1, 1)]
+        assert len(white) == 8 + 7 * 8 // 2  # the base, and the upper triangle
+        assert len([cell for cell in cells if cell.get_hatch()]) == 8 - 3
+
+    @pytest.mark.parametrize(("name", "drawn"), [("mnist", "mnist"), ("a$b$c", r"a\$b\$c"), ("a\nb", "a b")])
+    def test_names_are_drawn_as_they_are(self, name: str, drawn: str) -> None:
+        assert figures.short(name) == drawn
+
+    def test_a_long_name_keeps_both_ends(self) -> None:
+        short = figures.short("oxford_iiit_pet_with_a_very_long_task_name")
+        assert len(short) == figures.MAX_NAME
+        assert short.startswith("oxford")
+        assert short.endswith("_name")
+
+
+class TestConsole:
+    @pytest.mark.parametrize(("tasks", "rules"), SIZES)
+    def test_it_fits_eighty_columns_with_every_rule(self, tasks: int, rules: int) -> None:
+        out = self._print(fake_results(TASKS[:tasks], RULES[:rules]))
+        assert max(map(len, out.splitlines())) <= 80
+        assert all(rule in out for rule in RULES[:rules])
+        assert all(task[:12] in out for task in TASKS[:tasks])
+
+    def test_markup_in_names_is_text(self) -> None:
+        out = self._print(fake_results(("[red]a[/red]", "[/]"), ("[b]r",)))
+        assert "[red]a[/red]" in out
+        assert "[b]r" in out
+
+    def test_failures_are_mentioned(self) -> None:
+        assert "2 failed" in self._print(fake_results(failures=2))
+
+    @pytest.mark.parametrize(
+        ("fraction", "text"), [(0.755, "+75.5"), (-0.0301, "-3.0"), (-0.0001, "0.0"), (None, "\N{EN DASH}")]
+    )
+    def test_points_have_a_sign_and_no_minus_zero(self, fraction: float | None, text: str) -> None:
+        assert percent(fraction, signed=True) == text
+
+    def _print(self, results: Results) -> str:
+        console = Console(file=io.StringIO(), width=80, color_system=None)
+        print_summary(results, console)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
