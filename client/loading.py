@@ -1,0 +1,38 @@
+"""Finding a stream by what the user wrote."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fedmerge.client.tasks import Stream, StreamOptions
+from fedmerge.common.errors import ConfigError
+from fedmerge.common.lookup import FORMS, find_function
+
+BUILT_IN = {
+    "text": "fedmerge.deploy.streams.text:text",
+    "example": "fedmerge.deploy.streams.example:example",
+}
+
+
+def load_stream(spec: str, options: StreamOptions) -> Stream:
+    """The stream that ``spec`` names, made with ``options``.
+
+    Args:
+        spec: a built-in name (``text``, ``example``), ``package.module:function`` or
+            ``path/to/file.py:function``.
+
+    Raises:
+        ConfigError: nothing is found there, the function returns something else than a
+            :class:`Stream`, or the stream's task names are missing or repeated.
+    """
+    where = f"stream {spec!r}"
+    names = ", ".join(map(repr, BUILT_IN))
+    stream = find_function(BUILT_IN.get(spec, spec), where=where, forms=f"{names}, {FORMS}")(options)
+    if not isinstance(stream, Stream):
+        raise ConfigError("the function returned something else", where=where, got=type(stream).__name__, wanted="Stream")
+    if not stream.tasks:
+        raise ConfigError("a stream needs tasks", where=where, got="none", wanted="at least 1")
+    repeated = [name for name, times in Counter(stream.tasks).items() if times > 1]
+    if repeated:
+        raise ConfigError("task names repeat", where=where, got=", ".join(map(repr, repeated)), wanted="each once")
+    return stream

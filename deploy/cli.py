@@ -1,0 +1,172 @@
+"""The ``fedmerge`` command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedmerge import __version__
+from fedmerge.common.errors import ConfigError, FedmergeError
+
+app = typer.Typer(name="fedmerge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Federated and continual model merging.")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and accuracy against a reference in the same run.")
+app.add_typer(bench, name="bench")
+
+console = Console()
+errors = Console(stderr=True)
+
+Rules = Annotated[str, typer.Option("--rule", help="Merge rules, comma-separated: opcm, average, task_arithmetic.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="[RULE.]OPTION=VALUE", help="A rule's option; may be repeated.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.command("simulate")
+def simulate_command(
+    stream: Annotated[str, typer.Option(help="'text', 'example', 'package.module:function' or 'path/file.py:function'.")] = "text",
+    sites: Annotated[int, typer.Option(min=1, help="Simulated sites.")] = 4,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Only the first so many tasks of the stream.")] = None,
+    rule: Rules = "opcm,average,task_arithmetic",
+    settings: Settings = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Local fine-tunings per task.")] = 1,
+    sites_per_task: Annotated[int, typer.Option(min=1, help="Sites that share a task's data.")] = 1,
+    partition: Annotated[str, typer.Option(help="How they share it: 'iid' or 'dirichlet:ALPHA'.")] = "iid",
+    seed: Annotated[int, typer.Option(min=0, help="Of splits, partitions and local runs.")] = 0,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most so many training rows per task.")] = None,
+    actors: Annotated[int, typer.Option(min=1, help="Ray actors per rule.")] = 1,
+    workers: Annotated[int | None, typer.Option(min=1, help="Sites computing at a time; one per core by default.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds before a site's answer is given up.")] = 3600.0,
+    save_merged: Annotated[bool, typer.Option(help="Also write each rule's final merged vector.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, CSV files and report.html.")] = Path("runs/latest"),
+) -> None:
+    """Run many sites on this machine and compare rules on the same fine-tuned vectors."""
+    from fedmerge.deploy.progress import RunProgress
+    from fedmerge.deploy.report.console import print_summary
+    from fedmerge.deploy.report.page import write_report
+    from fedmerge.deploy.simulate import SimulationConfig, simulate
+
+    rules = parse_rules(rule, settings or [])
+    config = SimulationConfig(stream=stream, tasks=tasks, sites=sites, sites_per_task=sites_per_task, partition=partition,
+                              rounds=rounds, seed=seed, rows=rows, actors=actors, workers=workers,
+                              timeout_seconds=timeout, save_merged=save_merged)
+    console.print(f"stream {stream}, {sites} sites, rules {rule}, seed {seed}", highlight=False)
+    results = simulate(config, rules, out, RunProgress(console))
+    report = write_report(results, out / "report.html")
+    print_summary(results, console)
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+@app.command("merge")
+def merge_command(
+    inputs: Annotated[list[Path], typer.Argument(help="Checkpoints, task vectors or adapter folders, in order of arrival.")],
+    base: Annotated[Path, typer.Option(help="The pretrained checkpoint: a file or a Hugging Face folder.")],
+    out: Annotated[Path, typer.Option(help="Merged weights, a .safetensors file.")],
+    rule: Annotated[str, typer.Option(help="Merge rule: opcm, average, task_arithmetic.")] = "opcm",
+    settings: Settings = None,
+    kinds: Annotated[Path | None, typer.Option(help="TOML file: matrix, vector, private, constant = lists of name patterns.")] = None,
+    private: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave as in the base; may be repeated.")] = None,
+    actors: Annotated[int | None, typer.Option(min=1, help="Merge on so many Ray actors instead of in this process.")] = None,
+    num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs per actor, fractions allowed.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="An existing Ray cluster, host:port.")] = None,
+) -> None:
+    """Merge files offline: the base's names and dtypes come out, with OUT.json beside it."""
+    from fedmerge.deploy.offline import Workers, merge_files, print_merge, read_kinds
+
+    chosen, = parse_rules(rule, settings or [], one=True)
+    workers = Workers(actors, num_gpus, ray_address)
+    record = merge_files(base, inputs, out, chosen, read_kinds(kinds), private or [], workers, console)
+    print_merge(record, out, console)
+
+
+@app.command("diff")
+def diff_command(
+    base: Annotated[Path, typer.Argument(help="The pretrained checkpoint.")],
+    tuned: Annotated[Path, typer.Argument(help="The fine-tuned checkpoint.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The task vector, a .safetensors file.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Keep so many singular directions of every matrix.")] = None,
+    energy: Annotated[float | None, typer.Option(min=0, max=1, help="Keep this share of every matrix's squared norm.")] = None,
+    task: Annotated[str, typer.Option(help="The task's name, kept in the file.")] = "",
+    private: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave out; may be repeated.")] = None,
+) -> None:
+    """Write the task vector of a fine-tuned checkpoint: tuned minus base."""
+    from fedmerge.deploy.offline import diff_files
+
+    diff_files(base, tuned, out, rank, energy, task, private or [], console)
+
+
+@app.command("inspect")
+def inspect_command(file: Annotated[Path, typer.Argument(help="A task vector, a checkpoint or an adapter folder.")]) -> None:
+    """Show what a file is, where it comes from, and its layers with their norms."""
+    from fedmerge.deploy.offline import inspect_file
+
+    inspect_file(file, console)
+
+
+@bench.command("opcm")
+def bench_opcm_command(
+    shape: Annotated[str, typer.Option(help="vit-b-32, minilm or tiny.")] = "vit-b-32",
+    lora: Annotated[int | None, typer.Option(min=1, help="Vectors of this rank instead of full-rank ones.")] = None,
+    actors: Annotated[int | None, typer.Option(min=1, help="On so many Ray actors instead of in this process.")] = None,
+    tasks: Annotated[int, typer.Option(min=2)] = 6,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """OPCM as published (full SVD) and ours, arrival and cold, with the distance of both to float64."""
+    from fedmerge.deploy.bench.opcm import print_bench, run
+
+    result = run(shape, lora, actors, repeats, tasks, seed, errors if as_json else console)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        print_bench(result, console)
+
+
+def parse_rules(names: str, settings: list[str], one: bool = False) -> list[Any]:
+    """Rules from ``--rule a,b`` and ``--set [RULE.]OPTION=VALUE``.
+
+    Raises:
+        ConfigError: an unknown rule or option, a value out of range, or a setting of no chosen rule.
+    """
+    from fedmerge.server.merge import make_rule
+
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not chosen or (one and len(chosen) > 1):
+        raise ConfigError("name one rule" if one else "name at least one rule", got=repr(names))
+    options: dict[str, dict[str, object]] = {name: {} for name in chosen}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        owner, dot, option = key.rpartition(".")
+        owner = owner if dot else chosen[0]
+        if not equals or owner not in options or (not dot and len(chosen) > 1):
+            raise ConfigError("not a setting of a chosen rule", got=repr(setting),
+                              wanted=" or ".join(f"{name}.OPTION=VALUE" for name in chosen))
+        options[owner][option] = _value(value)
+    return [make_rule(name, options[name]) for name in chosen]
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def main() -> None:
+    """Entry point: typed errors become one line and exit code 2."""
+    try:
+        app()
+    except FedmergeError as error:
+        errors.print(f"[bold red]error[/bold red] ({type(error).__name__}): ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from error

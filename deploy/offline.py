@@ -1,0 +1,360 @@
+"""Merging, comparing and inspecting files, without a network."""
+
+from __future__ import annotations
+
+import json
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from fedmerge import __version__
+from fedmerge.common import adapter, vectorfile
+from fedmerge.common.base import Base
+from fedmerge.common.checkpoint import open_checkpoint
+from fedmerge.common.errors import ConfigError, FileError, UnknownLayer
+from fedmerge.common.layers import LayerKind, LayerSpec, matches, short_dtype
+from fedmerge.common.sources import open_update
+from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, Manifest, TaskVector
+from fedmerge.common.writing import write_checkpoint
+from fedmerge.deploy.progress import bars
+from fedmerge.server.aggregator import Aggregator, Version
+from fedmerge.server.engine.engine import Engine
+from fedmerge.server.engine.local import LocalEngine
+from fedmerge.server.merge.rule import Rule
+from fedmerge.server.merge.spectrum import spectrum_of
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where to merge: in this process, or on Ray actors if ``actors`` is given."""
+
+    actors: int | None = None
+    num_gpus: float | None = None
+    ray_address: str | None = None
+
+    def engine(self, rule: Rule, layers: Iterable[LayerSpec]) -> AbstractContextManager[Engine]:
+        if self.actors is None and self.ray_address is None:
+            return LocalEngine(rule, layers)
+        from fedmerge.server.engine.ray_engine import RayEngine, start_ray
+
+        start_ray(self.ray_address)
+        return RayEngine(rule, layers, actors=self.actors or 1, num_gpus=self.num_gpus)
+
+
+class InputRecord(BaseModel):
+    """One input and the version it became.
+
+    ``kind`` is what the file was; ``changed`` and ``low_rank`` count its layers; ``unchanged`` names
+    those it does not touch; ``left_out`` names what it holds beyond the base's merged layers.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    kind: str
+    changed: int
+    low_rank: int
+    unchanged: list[str]
+    left_out: list[str]
+    version: dict[str, object]
+
+
+class MergeRecord(BaseModel):
+    """``OUT.json``: how merged weights came about."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: str = "fedmerge.merge/1"
+    rule: str
+    options: dict[str, object]
+    base: str
+    base_fingerprint: str
+    inputs: list[InputRecord]
+    kinds: dict[str, list[str]]
+    scale: float
+    lambda_t: float
+    merged_norm: float
+    engine: dict[str, object]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+
+def merge_files(
+    base_path: Path,
+    inputs: Sequence[Path],
+    out: Path,
+    rule: Rule,
+    kinds: Mapping[LayerKind, Sequence[str]],
+    private: Sequence[str],
+    workers: Workers,
+    console: Console,
+) -> MergeRecord:
+    """Merges inputs in order and writes base plus merged vector, with a record beside it.
+
+    All inputs are opened and checked against the base, by names and shapes, before any is merged.
+
+    Raises:
+        FedmergeError: nothing is written.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError("the merged weights are a safetensors file", where=out, wanted="a name ending in .safetensors")
+    if not out.parent.is_dir():
+        raise FileError("no such folder", where=out.parent)
+    base = Base.from_checkpoint(base_path, _kinds_by_name(base_path, kinds), private)
+    vectors = [open_update(path, base, **_extra(path, private)) for path in inputs]
+    seconds = {"merging": 0.0, "writing": 0.0}
+    with workers.engine(rule, base.layers.values()) as engine, bars(console) as progress:
+        aggregator = Aggregator(base, engine)
+        bar = progress.add_task("merging", total=sum(len(vector.names) for vector in vectors), note="")
+        for path, vector in zip(inputs, vectors, strict=True):
+            progress.update(bar, note=path.name)
+            started = time.perf_counter()
+            aggregator.merge(vector, [path.name], lambda _: progress.advance(bar))
+            seconds["merging"] += time.perf_counter() - started
+            aggregator.prepare()
+        started = time.perf_counter()
+        bar = progress.add_task("writing", total=len(base.layers), note=out.name)
+        _write_merged(base, aggregator.merged(), out, lambda: progress.advance(bar))
+        seconds["writing"] = time.perf_counter() - started
+        record = _record(base_path, inputs, vectors, base, rule, aggregator, seconds)
+    out.with_suffix(".json").write_text(record.model_dump_json(indent=2) + "\n")
+    return record
+
+
+def diff_files(
+    base_path: Path,
+    tuned_path: Path,
+    out: Path,
+    rank: int | None,
+    energy: float | None,
+    task: str,
+    private: Sequence[str],
+    console: Console,
+) -> None:
+    """Writes the task vector of a fine-tuned checkpoint, truncated layer by layer if asked to.
+
+    Raises:
+        ConfigError: both ``rank`` and ``energy``. FedmergeError: nothing is written.
+    """
+    if rank is not None and energy is not None:
+        raise ConfigError("choose one way to truncate", got="--rank and --energy", wanted="one of them")
+    base = Base.from_checkpoint(base_path, private=private)
+    manifest = Manifest(base=base.fingerprint, task=task)
+    vector = TaskVector.from_checkpoints(base, tuned_path, manifest=manifest, private=private)
+    lost: dict[str, float] = {}
+    total = 0.0
+    with bars(console) as progress:
+        bar = progress.add_task("writing", total=len(vector.names), note=out.name)
+
+        def read(name: str) -> LayerUpdate:
+            nonlocal total
+            update = vector.read(name)
+            total += update.sum_of_squares()
+            if (rank or energy) and base.layers[name].kind is LayerKind.MATRIX:
+                update, lost[name] = truncated(update.to_dense(), rank, energy)
+            progress.advance(bar)
+            return update
+
+        written = vectorfile.save(TaskVector(vector.names, read, vector.unchanged, manifest, vector.label), out)
+    console.print(f"{out}: {written:,} bytes, {len(vector.names)} layers, norm {total**0.5:.4g}", highlight=False)
+    if lost:
+        share = (sum(lost.values()) / total) ** 0.5 if total else 0.0
+        console.print(f"truncation left out {share:.2%} of the vector's norm", highlight=False)
+
+
+def truncated(dense: torch.Tensor, rank: int | None, energy: float | None) -> tuple[LayerUpdate, float]:
+    """The strongest singular directions of a layer as factors, and the squared norm left out.
+
+    Args:
+        rank: how many directions; or ``energy``: the smallest number holding this share of the squared norm.
+
+    Returns:
+        The layer unchanged, with nothing left out, where factors would be no smaller.
+    """
+    matrix = dense.reshape(dense.shape[0], -1)
+    basis = spectrum_of(matrix)
+    squares = basis.values_K.square()
+    if energy is not None and basis.rank:
+        share = squares.cumsum(0) / squares.sum()
+        rank = int((share < energy - 1e-12).sum()) + 1
+    kept = basis.leading(max(1, min(rank or 0, basis.rank)))
+    if kept.rank * sum(matrix.shape) >= matrix.numel() or not kept.rank:
+        return Dense(dense), 0.0
+    left = (kept.left_MK * kept.values_K).float()
+    return LowRank(left, kept.right_KN.float(), tuple(dense.shape)), float(squares[kept.rank :].sum())
+
+
+def inspect_file(path: Path, console: Console) -> None:
+    """Prints what a file is, its metadata, and every layer with shape, dtype and norm.
+
+    Raises:
+        FileError: nothing fedmerge can read.
+    """
+    folder = path.is_dir() and (path / adapter.CONFIG).is_file()
+    if folder:
+        config = json.loads((path / adapter.CONFIG).read_text())
+        console.print(f"{path}: PEFT adapter, {config.get('peft_type')}, r {config.get('r')}, alpha {config.get('lora_alpha')}", highlight=False)
+        _print_checkpoint(path / adapter.WEIGHTS, console)
+    elif not path.is_dir() and vectorfile.is_task_vector(path):
+        _print_vector(vectorfile.load(path), console)
+    else:
+        console.print(f"{path}: checkpoint", highlight=False)
+        _print_checkpoint(path, console)
+
+
+def read_kinds(path: Path | None) -> dict[LayerKind, list[str]]:
+    """Patterns of layer names by kind, from a TOML file such as ``matrix = ["*.proj.weight"]``.
+
+    Raises:
+        FileError: missing or not TOML. ConfigError: a key that is not a kind, or not a list of patterns.
+    """
+    if path is None:
+        return {}
+    try:
+        given = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise FileError("cannot be read", where=path, got=error.strerror) from error
+    except tomllib.TOMLDecodeError as error:
+        raise FileError("not TOML", where=path, got=str(error)) from error
+    kinds = {str(kind): kind for kind in LayerKind}
+    for key, patterns in given.items():
+        if key not in kinds:
+            raise ConfigError("not a layer kind", where=path, got=repr(key), wanted=" or ".join(kinds))
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ConfigError("not a list of name patterns", where=path, got=f"{key} = {patterns!r}")
+    return {kinds[key]: patterns for key, patterns in given.items()}
+
+
+def print_merge(record: MergeRecord, out: Path, console: Console) -> None:
+    """A table of the merges, how layers were treated, and where the result is."""
+    table = Table(title=f"{record.rule} over {len(record.inputs)} inputs")
+    for heading in ("version", "input", "kind", "layers", "‖τ‖", "‖θ−θ₀‖", "λ"):
+        table.add_column(heading, justify="left" if heading in ("input", "kind") else "right")
+    for row in record.inputs:
+        facts = row.version
+        layers = f"{row.changed}" + (f" ({row.low_rank} low-rank)" if row.low_rank else "")
+        table.add_row(str(facts["number"]), Path(row.path).name, row.kind, layers,
+                      *(f"{facts[key]:.4g}" for key in ("update_norm", "merged_norm", "lambda_t")))
+    console.print(table)
+    counts = ", ".join(f"{len(names)} {kind}" for kind, names in record.kinds.items() if names)
+    console.print(f"layers by kind: {counts} (names in {out.with_suffix('.json').name})", highlight=False)
+    for row in record.inputs:
+        if row.left_out:
+            console.print(f"{Path(row.path).name}: left out {', '.join(row.left_out)}", highlight=False)
+    console.print(f"merged weights: {out}", highlight=False, soft_wrap=True)
+
+
+def _write_merged(base: Base, merged: TaskVector, out: Path, advance: object) -> None:
+    weights = merged.apply(base)
+
+    def read(name: str) -> torch.Tensor:
+        written, tensor = next(weights)
+        assert written == name
+        advance()  # type: ignore[operator]
+        return tensor
+
+    layout = {name: (layer.shape, layer.dtype) for name, layer in base.layers.items()}
+    write_checkpoint(out, layout, read)
+
+
+def _record(
+    base_path: Path,
+    inputs: Sequence[Path],
+    vectors: Sequence[TaskVector],
+    base: Base,
+    rule: Rule,
+    aggregator: Aggregator,
+    seconds: dict[str, float],
+) -> MergeRecord:
+    engine, last = aggregator.engine, aggregator.versions[-1]
+    return MergeRecord(
+        rule=rule.name,
+        options=rule.model_dump(),
+        base=str(base_path),
+        base_fingerprint=base.fingerprint,
+        inputs=[_input(*each, base) for each in zip(inputs, vectors, aggregator.versions, strict=True)],
+        kinds={str(kind): [n for n, layer in base.layers.items() if layer.kind is kind] for kind in LayerKind},
+        scale=last.scale,
+        lambda_t=last.lambda_t,
+        merged_norm=last.merged_norm,
+        engine={"kind": type(engine).__name__, "workers": engine.workers, "threads": engine.threads},
+        seconds={phase: round(value, 3) for phase, value in seconds.items()},
+        versions={"fedmerge": __version__, "torch": version("torch"), "safetensors": version("safetensors")},
+    )
+
+
+def _input(path: Path, vector: TaskVector, merged: Version, base: Base) -> InputRecord:
+    kind = _kind_of(path)
+    held = open_checkpoint(path).layout if kind == "checkpoint" else {}
+    return InputRecord(
+        path=str(path),
+        kind=kind,
+        changed=len(vector.names),
+        low_rank=sum(isinstance(vector.read(name), LowRank) for name in vector.names) if kind != "checkpoint" else 0,
+        unchanged=list(vector.unchanged),
+        left_out=[name for name in held if name not in base.merged_layers],
+        version=asdict(merged),
+    )
+
+
+def _kind_of(path: Path) -> str:
+    if (path / adapter.CONFIG).is_file():
+        return "adapter"
+    return "task vector" if path.is_file() and path.suffix != ".json" and vectorfile.is_task_vector(path) else "checkpoint"
+
+
+def _extra(path: Path, private: Sequence[str]) -> dict[str, Sequence[str]]:
+    """Private patterns, for sources that do not carry their own list of layers."""
+    return {} if _kind_of(path) == "task vector" else {"private": private}
+
+
+def _kinds_by_name(base_path: Path, patterns: Mapping[LayerKind, Sequence[str]]) -> dict[str, LayerKind]:
+    """Kinds of the layers that patterns match; the first kind that matches counts.
+
+    Raises:
+        UnknownLayer: a pattern that matches nothing.
+    """
+    names = list(open_checkpoint(base_path).layout) if patterns else []
+    for listed in patterns.values():
+        for pattern in listed:
+            if not any(matches(name, [pattern]) for name in names):
+                raise UnknownLayer("a kind's pattern matches no layer", where=base_path, got=repr(pattern))
+    found: dict[str, LayerKind] = {}
+    for kind, listed in patterns.items():
+        found |= {name: kind for name in names if name not in found and matches(name, listed)}
+    return found
+
+
+def _print_vector(vector: TaskVector, console: Console) -> None:
+    manifest = vector.manifest
+    console.print(f"{vector.label}: task vector", highlight=False)
+    console.print(f"base {manifest.base[:12] or 'unknown'}, task {manifest.task or '-'}, site {manifest.site or '-'}, "
+                  f"{manifest.examples} examples, origin version {manifest.origin_version}", highlight=False)
+    table = Table("layer", "shape", "form", "norm", title=f"{len(vector.names)} layers, norm {vector.norm():.4g}")
+    for name, update in vector.items():
+        form = f"rank {update.rank}" if isinstance(update, LowRank) else "dense"
+        table.add_row(name, str(update.shape), form, f"{update.sum_of_squares() ** 0.5:.4g}")
+    console.print(table)
+    if vector.unchanged:
+        console.print(f"unchanged: {', '.join(vector.unchanged)}", highlight=False)
+
+
+def _print_checkpoint(path: Path, console: Console) -> None:
+    checkpoint = open_checkpoint(path)
+    base = Base.from_checkpoint(checkpoint)
+    counts = Counter(str(layer.kind) for layer in base.layers.values())
+    table = Table("layer", "shape", "dtype", "kind by shape", "norm", title=", ".join(f"{n} {k}" for k, n in counts.items()))
+    for name, layer in base.layers.items():
+        norm = f"{float(torch.linalg.vector_norm(base.read(name).double())):.4g}" if layer.dtype.is_floating_point else ""
+        table.add_row(name, str(layer.shape), short_dtype(layer.dtype), str(layer.kind), norm)
+    console.print(table)

@@ -1,0 +1,78 @@
+"""The aggregator: one rule's global model and its versions. It knows nothing of transport."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedmerge.common.base import Base
+from fedmerge.common.taskvector import Manifest, TaskVector
+from fedmerge.server.engine.engine import Engine, OnLayer
+
+
+@dataclass(frozen=True)
+class Version:
+    """One committed global model.
+
+    Attributes:
+        number: 1 for the first merge; 0 is the base.
+        task, sites, examples: whose vector was merged.
+        scale: the factor from the running sum to the merged vector; ``lambda_t`` its inverse.
+        update_norm, merged_norm: ||tau_T|| and ||theta - theta_0||, over all merged layers.
+        absorb_seconds: from the vector in memory to the new state.
+    """
+
+    number: int
+    task: str
+    sites: tuple[str, ...]
+    examples: int
+    scale: float
+    lambda_t: float
+    update_norm: float
+    merged_norm: float
+    absorb_seconds: float
+
+
+class Aggregator:
+    """Merges vectors one by one into versions of one global model.
+
+    Args:
+        base: the registered base.
+        engine: holds the rule and its state.
+    """
+
+    def __init__(self, base: Base, engine: Engine) -> None:
+        self.base, self.engine = base, engine
+        self.versions: list[Version] = []
+
+    def merge(self, vector: TaskVector, sites: Sequence[str] = (), on_layer: OnLayer = lambda _: None) -> Version:
+        """Merges one admitted vector; on error the model and its versions are as before."""
+        started = time.perf_counter()
+        totals = self.engine.merge(vector, on_layer)
+        rule = self.engine.rule
+        scale = rule.scale(totals)
+        version = Version(
+            number=totals.merges,
+            task=vector.manifest.task,
+            sites=tuple(sites),
+            examples=vector.manifest.examples,
+            scale=scale,
+            lambda_t=rule.lambda_t(totals),
+            update_norm=totals.update_norm,
+            merged_norm=scale * totals.state_norm,
+            absorb_seconds=time.perf_counter() - started,
+        )
+        self.versions.append(version)
+        return version
+
+    def merged(self) -> TaskVector:
+        """The current version as a vector from the base, layers read on demand."""
+        manifest = Manifest(base=self.base.fingerprint, origin_version=self.engine.totals.merges,
+                            task="merged", site="server")
+        merged = self.engine.merged()
+        return TaskVector(merged.names, merged.read, merged.unchanged, manifest, merged.label)
+
+    def prepare(self) -> None:
+        """Lets the engine factorise for the next arrival in the background."""
+        self.engine.prepare()

@@ -1,0 +1,209 @@
+"""Continual merging as a Flower ``Strategy``, for anyone's own ServerApp::
+
+    from fedmerge.server.strategy import ContinualMerging
+
+    strategy = ContinualMerging(min_nodes=2)
+    result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=len(tasks))
+
+Every round is a task, or several: replies are grouped by the ``task`` of their config record (one task
+named ``round-N`` without it), combined by ``num-examples`` within a task, and merged one by one in
+the order of the tasks' names. Clients keep what they send now, the trained weights under the name
+``arrays``, or send only what moved as ``task-vector``. They always start from the base: that is what the
+rules' papers measure task vectors from. ``result.arrays`` is the global model.
+
+``Strategy.start`` waits for all replies of a round; fedmerge's own ServerApp does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedmerge.common import wire
+from fedmerge.common.base import Base
+from fedmerge.common.checkpoint import Checkpoint
+from fedmerge.common.errors import ConfigError, FedmergeError
+from fedmerge.common.layers import LayerKind
+from fedmerge.common.taskvector import Manifest, TaskVector
+from fedmerge.server.admission import MAX_EXAMPLES, admit, weight
+from fedmerge.server.aggregator import Aggregator
+from fedmerge.server.combine import combine
+from fedmerge.server.engine.engine import Engine
+from fedmerge.server.engine.local import LocalEngine
+from fedmerge.server.history import History
+from fedmerge.server.merge import make_rule
+from fedmerge.server.merge.rule import Rule
+
+logger = logging.getLogger("fedmerge.server")
+
+TASK_KEY = "task"
+
+
+class ContinualMerging(Strategy):
+    """Merges each round's task vectors into one global model.
+
+    Args:
+        rule: a rule or its name with default options.
+        kinds: overrides of layer kinds by name; the rest follows from names and shapes.
+        private: shell-style patterns of layers that stay at the sites.
+        min_nodes: how many nodes to wait for at the first round, for at most ``wait_seconds``; a round
+            then goes on with whoever is there.
+        max_examples: cap of a self-reported count.
+        engine: where to merge, given the rule and the base; threads in this process by default,
+            ``RayEngine`` for actors.
+    """
+
+    def __init__(
+        self,
+        rule: Rule | str = "opcm",
+        *,
+        kinds: Mapping[str, LayerKind] | None = None,
+        private: Iterable[str] = (),
+        min_nodes: int = 1,
+        wait_seconds: float = 120.0,
+        max_examples: int = MAX_EXAMPLES,
+        engine: type[Engine] = LocalEngine,
+    ) -> None:
+        self.rule = make_rule(rule) if isinstance(rule, str) else rule
+        self._kinds, self._private = dict(kinds or {}), tuple(private)
+        self._min_nodes, self._wait_seconds, self._max_examples = min_nodes, wait_seconds, max_examples
+        self._engine = engine
+        self._origin: ArrayRecord | None = None
+        self.aggregator: Aggregator | None = None
+        self.history = History()
+
+    def summary(self) -> None:
+        """Logs the rule and its options."""
+        logger.info("continual merging by %s (%s)", self.rule.name, self.rule)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The base to every node; ``arrays`` is registered as the base in the first round."""
+        if self.aggregator is None:
+            self._register(arrays)
+        assert self._origin is not None
+        content = RecordDict({"arrays": self._origin, "config": ConfigRecord({**config, "server-round": server_round})})
+        return [Message(content, node, MessageType.TRAIN) for node in self._nodes(grid)]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Merges the round's tasks; a reply that cannot be used is recorded and left out.
+
+        Returns:
+            The global model, or None if nothing was merged; and the number of tasks merged and of
+            replies left out, lambda_t and norms of the last merge.
+        """
+        tasks: dict[str, list[tuple[TaskVector, int]]] = {}
+        refused = 0
+        for reply in replies:
+            try:
+                vector, examples = self._received(reply, server_round)
+            except FedmergeError as error:
+                refused += 1
+                self.history.record("failed", site=_site(reply), round=server_round, reason=str(error))
+                logger.warning("round %d: %s", server_round, error)
+                continue
+            tasks.setdefault(vector.manifest.task, []).append((vector, examples))
+        if not tasks:
+            return None, None
+        for task in sorted(tasks):
+            self._merge(task, tasks[task], server_round)
+        last = self._aggregator.versions[-1]
+        metrics = MetricRecord({"tasks-merged": len(tasks), "replies-left-out": refused, "lambda-t": last.lambda_t,
+                                "update-norm": last.update_norm, "merged-norm": last.merged_norm})
+        return self.global_model(), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The global model to every node."""
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "server-round": server_round})})
+        return [Message(content, node, MessageType.EVALUATE) for node in self._nodes(grid)]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Means of the clients' metrics, weighted by ``num-examples``; failed replies are left out."""
+        totals: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for reply in (reply for reply in replies if not reply.has_error()):
+            metrics = next(iter(reply.content.metric_records.values()), MetricRecord())
+            share = float(cast(float, metrics.get("num-examples", 1)))
+            for key, value in metrics.items():
+                if key != "num-examples" and isinstance(value, int | float):
+                    totals[key] = totals.get(key, 0.0) + share * value
+                    weights[key] = weights.get(key, 0.0) + share
+        return MetricRecord({key: totals[key] / weights[key] for key in totals if weights[key]}) if totals else None
+
+    def global_model(self) -> ArrayRecord:
+        """Base plus merged vector, in the base's names and dtypes."""
+        merged = self._aggregator.merged()
+        return ArrayRecord(dict(merged.apply(self._aggregator.base)))
+
+    @property
+    def _aggregator(self) -> Aggregator:
+        if self.aggregator is None:
+            raise ConfigError("no base yet", do="Call start() first, or configure_train() with the base's arrays.")
+        return self.aggregator
+
+    def _register(self, arrays: ArrayRecord) -> None:
+        tensors = {name: torch.as_tensor(array.numpy()) for name, array in arrays.items()}
+        base = Base.from_checkpoint(Checkpoint.of(tensors, "initial arrays"), self._kinds, self._private)
+        self._origin = arrays
+        self.aggregator = Aggregator(base, self._engine(self.rule, base.layers.values()))
+
+    def _nodes(self, grid: Grid) -> list[int]:
+        deadline = time.monotonic() + self._wait_seconds
+        nodes = sorted(grid.get_node_ids())
+        while len(nodes) < self._min_nodes and time.monotonic() < deadline:
+            time.sleep(1.0)
+            nodes = sorted(grid.get_node_ids())
+        return nodes
+
+    def _received(self, reply: Message, server_round: int) -> tuple[TaskVector, int]:
+        where = _site(reply)
+        if reply.has_error():
+            raise FedmergeError(f"error {reply.error.code}: {reply.error.reason}", where=where)
+        base = self._aggregator.base
+        named = next((str(c[TASK_KEY]) for c in reply.content.config_records.values() if TASK_KEY in c), f"round-{server_round}")
+        metrics = next(iter(reply.content.metric_records.values()), MetricRecord())
+        examples = weight(metrics.get("num-examples"), where=where, cap=self._max_examples)
+        vector = self._vector(reply.content, Manifest(base.fingerprint, 0, named, where, examples), where)
+        admit(vector, base, task=named)
+        return vector, examples
+
+    def _vector(self, content: RecordDict, manifest: Manifest, where: str) -> TaskVector:
+        """A vector from our own record, from an array record of differences, or from trained weights."""
+        base = self._aggregator.base
+        sent = content.array_records.get(wire.VECTOR)
+        if sent is not None and all(array.stype == wire.STYPE for array in sent.values()):
+            return wire.unpack_vector(content, wire.VECTOR, where=where)
+        if sent is not None:
+            tensors = {name: torch.as_tensor(array.numpy()) for name, array in sent.items()}
+            unchanged = [name for name in base.merged_layers if name not in tensors]
+            return TaskVector.of(tensors, unchanged, manifest, where)
+        trained = content.array_records.get("arrays")
+        if trained is None:
+            raise ConfigError("a reply without weights", where=where, got=sorted(content),
+                              wanted=f"an array record named 'arrays' or {wire.VECTOR!r}")
+        tensors = {name: torch.as_tensor(array.numpy()) for name, array in trained.items()}
+        return TaskVector.from_checkpoints(base, Checkpoint.of(tensors, where), manifest=manifest, private=self._private)
+
+    def _merge(self, task: str, arrived: Sequence[tuple[TaskVector, int]], server_round: int) -> None:
+        vector = combine([vector for vector, _ in arrived], [examples for _, examples in arrived])
+        sites = [vector.manifest.site for vector, _ in arrived]
+        version = self._aggregator.merge(vector, sites)
+        self._aggregator.prepare()
+        self.history.record("merged", round=server_round, task=task, sites=sites, version=version.number,
+                            lambda_t=version.lambda_t, update_norm=version.update_norm, merged_norm=version.merged_norm)
+
+
+def _site(reply: Message) -> str:
+    return f"node {reply.metadata.src_node_id}"
