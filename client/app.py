@@ -1,4 +1,4 @@
-"""The Flower ClientApp of a site: fine-tunes on request, replies with a task vector, never with weights or data.
+"""The Flower ClientApp of a site: fine-tunes on request and replies with a task vector, never with data.
 
 Configured by the SuperNode's ``--node-config`` (or the run's config, or directly in a simulation):
 
@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from fedmerge import __version__
 from fedmerge.client.site import Site, open_site
 from fedmerge.client.tasks import StreamOptions, Task
+from fedmerge.client.training import OnStep
 from fedmerge.common import wire
 from fedmerge.common.base import Base
 from fedmerge.common.errors import BaseMismatch, ConfigError
@@ -88,8 +89,12 @@ def site_config(context: Context) -> SiteConfig:
     """
     given: Mapping[str, object] = {**context.run_config, **context.node_config}
     if "stream" not in given:
-        raise ConfigError("this site does not say where its tasks are", where="node config", wanted="stream",
-                          do="Start the SuperNode with --node-config 'stream=\"my_site.tasks:stream\"'.")
+        raise ConfigError(
+            "this site does not say where its tasks are",
+            where="node config",
+            wanted="stream",
+            do="Start the SuperNode with --node-config 'stream=\"my_site.tasks:stream\"'.",
+        )
     return SiteConfig(
         stream=str(given["stream"]),
         label=str(given.get("site-name", "")),
@@ -109,19 +114,32 @@ def _train(config: SiteConfig, label: str, content: RecordDict) -> RecordDict:
     if wire.ORIGIN in content:
         origin = _checked(wire.unpack_vector(content, wire.ORIGIN, where="origin"), site.base)
     task = site.task(job.task, job.part, job.parts, job.partition, job.seed)
-    vector, report = site.learn(task, seed=job.seed, site=label, origin=origin, device=config.device,
-                                on_step=_progress(label, job.task))
+    vector, report = site.learn(
+        task,
+        seed=job.seed,
+        site=label,
+        origin=origin,
+        device=config.device,
+        on_step=_progress(label, job.task),
+    )
     started = time.perf_counter()
     scores = site.score([task], device=config.device)
-    metrics = MetricRecord({
-        "num-examples": report.examples,
-        "train-loss": report.mean_loss,
-        "train-seconds": report.seconds,
-        "score-seconds": time.perf_counter() - started,
-        **wire.pack_scores({("fine-tuned", name): found for name, found in scores.items()}),
-    })
-    return RecordDict({wire.VECTOR: wire.pack_vector(to_bytes(vector)), wire.METRICS: metrics,
-                       "update": ConfigRecord({"task": job.task, "site": label})})
+    metrics = MetricRecord(
+        {
+            "num-examples": report.examples,
+            "train-loss": report.mean_loss,
+            "train-seconds": report.seconds,
+            "score-seconds": time.perf_counter() - started,
+            **wire.pack_scores({("fine-tuned", name): found for name, found in scores.items()}),
+        }
+    )
+    return RecordDict(
+        {
+            wire.VECTOR: wire.pack_vector(to_bytes(vector)),
+            wire.METRICS: metrics,
+            "update": ConfigRecord({"task": job.task, "site": label}),
+        }
+    )
 
 
 def _evaluate(config: SiteConfig, content: RecordDict) -> RecordDict:
@@ -129,8 +147,10 @@ def _evaluate(config: SiteConfig, content: RecordDict) -> RecordDict:
     site = _open(config)
     _check_base(job.base, site.base)
     started = time.perf_counter()
-    tasks = [site.task(name, part, parts, job.partition, job.seed)
-             for name, part, parts in zip(job.tasks, job.part, job.parts, strict=True)]
+    tasks = [
+        site.task(name, part, parts, job.partition, job.seed)
+        for name, part, parts in zip(job.tasks, job.part, job.parts, strict=True)
+    ]
     scores: dict[tuple[str, str], Score] = {}
     for rule, merged in _merged_models(content, site.base):
         scores |= {(rule, name): found for name, found in _scored(site, tasks, merged, config.device).items()}
@@ -149,7 +169,10 @@ def _merged_models(content: RecordDict, base: Base) -> list[tuple[str, TaskVecto
     keys = [key for key in content.array_records if key.startswith(wire.MERGED)]
     if not keys:
         return [("base", None)]
-    return [(key.removeprefix(wire.MERGED), _checked(wire.unpack_vector(content, key, where=key), base)) for key in keys]
+    return [
+        (key.removeprefix(wire.MERGED), _checked(wire.unpack_vector(content, key, where=key), base))
+        for key in keys
+    ]
 
 
 def _checked(vector: TaskVector, base: Base) -> TaskVector:
@@ -160,8 +183,12 @@ def _checked(vector: TaskVector, base: Base) -> TaskVector:
 
 def _check_base(theirs: str, base: Base) -> None:
     if theirs != base.fingerprint:
-        raise BaseMismatch("the server merges over another pretrained model", got=theirs[:12] or "none",
-                           wanted=base.fingerprint[:12], do="Install the weights that the server registered.")
+        raise BaseMismatch(
+            "the server merges over another pretrained model",
+            got=theirs[:12] or "none",
+            wanted=base.fingerprint[:12],
+            do="Install the weights that the server registered.",
+        )
 
 
 def _open(config: SiteConfig) -> Site:
@@ -169,7 +196,7 @@ def _open(config: SiteConfig) -> Site:
     return open_site(config.stream, StreamOptions(config.seed, config.rows))
 
 
-def _progress(label: str, task: str) -> object:
+def _progress(label: str, task: str) -> OnStep:
     """Logs the loss every quarter of a run."""
 
     def on_step(step: int, steps: int, loss: float) -> None:

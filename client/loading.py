@@ -29,10 +29,14 @@ def load_stream(spec: str, options: StreamOptions) -> Stream:
     names = ", ".join(map(repr, BUILT_IN))
     stream = find_function(BUILT_IN.get(spec, spec), where=where, forms=f"{names}, {FORMS}")(options)
     if not isinstance(stream, Stream):
-        raise ConfigError("the function returned something else", where=where, got=type(stream).__name__, wanted="Stream")
+        raise ConfigError(
+            "the function returned something else", where=where, got=type(stream).__name__, wanted="Stream"
+        )
     if not stream.tasks:
         raise ConfigError("a stream needs tasks", where=where, got="none", wanted="at least 1")
     repeated = [name for name, times in Counter(stream.tasks).items() if times > 1]
     if repeated:
-        raise ConfigError("task names repeat", where=where, got=", ".join(map(repr, repeated)), wanted="each once")
+        raise ConfigError(
+            "task names repeat", where=where, got=", ".join(map(repr, repeated)), wanted="each once"
+        )
     return stream

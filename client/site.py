@@ -58,7 +58,9 @@ class Site:
         )
         return vector.in_memory(), report
 
-    def score(self, tasks: Iterable[Task], merged: TaskVector | None = None, device: str = "auto") -> dict[str, Score]:
+    def score(
+        self, tasks: Iterable[Task], merged: TaskVector | None = None, device: str = "auto"
+    ) -> dict[str, Score]:
         """Scores of the base plus a merged vector, by task; the model itself as it is if None."""
         if merged is not None:
             put(self.model, dict(merged.apply(self.base)))

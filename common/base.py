@@ -74,11 +74,21 @@ class Base:
                 raise UnknownLayer("no such layer to give a kind to", where=checkpoint.label, layer=name)
             shape, dtype = checkpoint.layout[name]
             if kind is LayerKind.MATRIX and len(shape) < 2:
-                raise ConfigError("only tensors of two or more dimensions are matrices",
-                                  where=checkpoint.label, layer=name, got=shape, do="Call it a vector.")
+                raise ConfigError(
+                    "only tensors of two or more dimensions are matrices",
+                    where=checkpoint.label,
+                    layer=name,
+                    got=shape,
+                    do="Call it a vector.",
+                )
             if kind in (LayerKind.MATRIX, LayerKind.VECTOR) and not dtype.is_floating_point:
-                raise ConfigError("an integer tensor cannot be merged", where=checkpoint.label, layer=name,
-                                  got=short_dtype(dtype), do="Call it constant.")
+                raise ConfigError(
+                    "an integer tensor cannot be merged",
+                    where=checkpoint.label,
+                    layer=name,
+                    got=short_dtype(dtype),
+                    do="Call it constant.",
+                )
             decided[name] = kind
         return cls._with_kinds(checkpoint, decided)
 
@@ -104,13 +114,16 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over sorted names, shapes, dtypes and bytes of every tensor, as 64 hex digits.
+        """SHA-256 over sorted names, shapes, dtypes and bytes of every merged layer, as 64 hex digits.
+
+        Private layers and integer buffers do not count: heads differ between sites, and checkpoints
+        keep buffers that live models do not have.
 
         The bytes are the little-endian values as stored, so one file, a sharded folder and a live
         model with the same weights have the same fingerprint. One tensor is in memory at a time.
         """
         digest = hashlib.sha256()
-        for name in sorted(self.layers):
+        for name in sorted(self.merged_layers):
             layer = self.layers[name]
             digest.update(json.dumps([name, list(layer.shape), short_dtype(layer.dtype)]).encode())
             digest.update(tensor_bytes(self.read(name)))

@@ -36,8 +36,9 @@ def find_function(spec: str, *, where: str, forms: str = FORMS) -> Callable[...,
         return function  # type: ignore[no-any-return]
     public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     close = get_close_matches(name, public, n=1)
-    raise ConfigError("no such function", where=where, got=repr(name),
-                      do=f"Did you mean {close[0]!r}?" if close else None)
+    raise ConfigError(
+        "no such function", where=where, got=repr(name), do=f"Did you mean {close[0]!r}?" if close else None
+    )
 
 
 def _from_file(path: Path, where: str) -> ModuleType:
@@ -66,5 +67,9 @@ def _from_module(name: str, where: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there; something it imports is not
-        raise ConfigError("no such module", where=where, got=name,
-                          do="Install it, or name its file: path/to/file.py:function.") from error
+        raise ConfigError(
+            "no such module",
+            where=where,
+            got=name,
+            do="Install it, or name its file: path/to/file.py:function.",
+        ) from error

@@ -224,9 +224,14 @@ def require_finite(values: Tensor, *, where: str, layer: str) -> None:
     if values.numel() and not bool(torch.isfinite(values.sum(dtype=torch.float64)).item()):
         count = int((~torch.isfinite(values)).sum())
         if count:
-            raise NonFinite("values that are not finite in float32", where=where, layer=layer,
-                            got=f"{count} of {values.numel()}", wanted="none",
-                            do="Look for a diverged loss or a float16 overflow in the training run.")
+            raise NonFinite(
+                "values that are not finite in float32",
+                where=where,
+                layer=layer,
+                got=f"{count} of {values.numel()}",
+                wanted="none",
+                do="Look for a diverged loss or a float16 overflow in the training run.",
+            )
 
 
 def require_mergeable(update: LayerUpdate, *, where: str, layer: str) -> None:
@@ -255,13 +260,22 @@ def check_layout(base: Base, tuned: Checkpoint, *, private: tuple[str, ...] = ()
     known = {tuned.shared.get(name, name) for name in base.layers}
     for name in tuned.layout:
         if tuned.shared.get(name, name) not in known and not matches(name, private):
-            raise UnknownLayer("not a layer of the base", where=tuned.label, layer=name,
-                               got=describe(*tuned.layout[name]), wanted=nearest(name, base.layers),
-                               do="Rename it, or name it as private if it is a task head.")
+            raise UnknownLayer(
+                "not a layer of the base",
+                where=tuned.label,
+                layer=name,
+                got=describe(*tuned.layout[name]),
+                wanted=nearest(name, base.layers),
+                do="Rename it, or name it as private if it is a task head.",
+            )
     for name, layer in base.merged_layers.items():
         if name not in tuned.layout:
-            raise MissingLayer("a layer of the base is missing", where=tuned.label, layer=name,
-                               wanted=describe(layer.shape, layer.dtype))
+            raise MissingLayer(
+                "a layer of the base is missing",
+                where=tuned.label,
+                layer=name,
+                wanted=describe(layer.shape, layer.dtype),
+            )
         check_tensor(layer, *tuned.layout[name], where=tuned.label)
 
 
@@ -270,11 +284,17 @@ def check_tensor(layer: LayerSpec, shape: tuple[int, ...], dtype: torch.dtype, *
     got, wanted = describe(shape, dtype), describe(layer.shape, layer.dtype)
     if tuple(shape) != layer.shape:
         hint = "It looks transposed." if tuple(shape) == layer.shape[::-1] else None
-        raise ShapeMismatch("another shape than the base's", where=where, layer=layer.name,
-                            got=got, wanted=wanted, do=hint)
+        raise ShapeMismatch(
+            "another shape than the base's", where=where, layer=layer.name, got=got, wanted=wanted, do=hint
+        )
     if dtype not in FLOAT_DTYPES:
-        raise DtypeMismatch("a dtype that cannot be merged", where=where, layer=layer.name, got=got,
-                            wanted=" or ".join(short_dtype(d) for d in FLOAT_DTYPES))
+        raise DtypeMismatch(
+            "a dtype that cannot be merged",
+            where=where,
+            layer=layer.name,
+            got=got,
+            wanted=" or ".join(short_dtype(d) for d in FLOAT_DTYPES),
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

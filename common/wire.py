@@ -107,8 +107,12 @@ def vector_bytes(content: RecordDict, key: str, *, where: str) -> bytes:
     record = content.get(key)
     array = record.get("bytes") if isinstance(record, ArrayRecord) else None
     if array is None or array.stype != STYPE:
-        raise MismatchError(f"no task vector under {key!r}", where=where,
-                            got=sorted(content), wanted=f"one array of type {STYPE}")
+        raise MismatchError(
+            f"no task vector under {key!r}",
+            where=where,
+            got=sorted(content),
+            wanted=f"one array of type {STYPE}",
+        )
     return bytes(array.data)
 
 
@@ -133,8 +137,12 @@ def unpack_job(kind: type[Job], content: RecordDict, *, where: str) -> Job:
     try:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     except TypeError as error:
-        raise MismatchError(f"not a {kind.__name__}", where=where, got=sorted(fields),
-                            wanted=sorted(kind.__dataclass_fields__)) from error
+        raise MismatchError(
+            f"not a {kind.__name__}",
+            where=where,
+            got=sorted(fields),
+            wanted=sorted(kind.__dataclass_fields__),
+        ) from error
 
 
 def pack_scores(scores: Mapping[tuple[str, str], Score]) -> MetricRecord:
@@ -146,15 +154,25 @@ def pack_scores(scores: Mapping[tuple[str, str], Score]) -> MetricRecord:
     return record
 
 
-def unpack_scores(content: RecordDict, rules: Sequence[str], tasks: Sequence[str]) -> dict[tuple[str, str], Score]:
+def unpack_scores(
+    content: RecordDict, rules: Sequence[str], tasks: Sequence[str]
+) -> dict[tuple[str, str], Score]:
     """Scores of the rules and tasks that a reply brings; what it leaves out is left out."""
     record = content.get(METRICS)
     metrics: dict[str, Any] = dict(record) if isinstance(record, MetricRecord) else {}
     found = {}
     for rule in rules:
         for task in tasks:
-            accuracy, examples = metrics.get(f"accuracy/{rule}/{task}"), metrics.get(f"examples/{rule}/{task}")
-            if isinstance(accuracy, float | int) and isinstance(examples, int) and 0 <= accuracy <= 1 and examples > 0:
+            accuracy, examples = (
+                metrics.get(f"accuracy/{rule}/{task}"),
+                metrics.get(f"examples/{rule}/{task}"),
+            )
+            if (
+                isinstance(accuracy, float | int)
+                and isinstance(examples, int)
+                and 0 <= accuracy <= 1
+                and examples > 0
+            ):
                 found[rule, task] = Score(float(accuracy), examples)
     return found
 
@@ -162,8 +180,13 @@ def unpack_scores(content: RecordDict, rules: Sequence[str], tasks: Sequence[str
 def check_version(theirs: str, ours: str, *, where: str) -> None:
     """Refuses another version of fedmerge on the other side."""
     if theirs != ours:
-        raise VersionMismatch("another version of fedmerge", where=where, got=theirs, wanted=ours,
-                              do="Install the same version on the server and on every site.")
+        raise VersionMismatch(
+            "another version of fedmerge",
+            where=where,
+            got=theirs,
+            wanted=ours,
+            do="Install the same version on the server and on every site.",
+        )
 
 
 def bytes_in(content: RecordDict) -> int:

@@ -12,16 +12,28 @@ from rich.console import Console
 from fedmerge import __version__
 from fedmerge.common.errors import ConfigError, FedmergeError
 
-app = typer.Typer(name="fedmerge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Federated and continual model merging.")
-bench = typer.Typer(no_args_is_help=True, help="Measure speed and accuracy against a reference in the same run.")
+app = typer.Typer(
+    name="fedmerge",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated and continual model merging.",
+)
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure speed and accuracy against a reference in the same run."
+)
 app.add_typer(bench, name="bench")
 
 console = Console()
 errors = Console(stderr=True)
 
-Rules = Annotated[str, typer.Option("--rule", help="Merge rules, comma-separated: opcm, average, task_arithmetic.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="[RULE.]OPTION=VALUE", help="A rule's option; may be repeated.")]
+Rules = Annotated[
+    str, typer.Option("--rule", help="Merge rules, comma-separated: opcm, average, task_arithmetic.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="[RULE.]OPTION=VALUE", help="A rule's option; may be repeated."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -33,9 +45,13 @@ def _version(show: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command("simulate")
 def simulate_command(
-    stream: Annotated[str, typer.Option(help="'text', 'example', 'package.module:function' or 'path/file.py:function'.")] = "text",
+    stream: Annotated[
+        str, typer.Option(help="'text', 'example', 'package.module:function' or 'path/file.py:function'.")
+    ] = "text",
     sites: Annotated[int, typer.Option(min=1, help="Simulated sites.")] = 4,
-    tasks: Annotated[int | None, typer.Option(min=1, help="Only the first so many tasks of the stream.")] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many tasks of the stream.")
+    ] = None,
     rule: Rules = "opcm,average,task_arithmetic",
     settings: Settings = None,
     rounds: Annotated[int, typer.Option(min=1, help="Local fine-tunings per task.")] = 1,
@@ -44,10 +60,14 @@ def simulate_command(
     seed: Annotated[int, typer.Option(min=0, help="Of splits, partitions and local runs.")] = 0,
     rows: Annotated[int | None, typer.Option(min=1, help="At most so many training rows per task.")] = None,
     actors: Annotated[int, typer.Option(min=1, help="Ray actors per rule.")] = 1,
-    workers: Annotated[int | None, typer.Option(min=1, help="Sites computing at a time; one per core by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Sites computing at a time; one per core by default.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds before a site's answer is given up.")] = 3600.0,
     save_merged: Annotated[bool, typer.Option(help="Also write each rule's final merged vector.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for results.json, CSV files and report.html.")] = Path("runs/latest"),
+    out: Annotated[Path, typer.Option(help="Folder for results.json, CSV files and report.html.")] = Path(
+        "runs/latest"
+    ),
 ) -> None:
     """Run many sites on this machine and compare rules on the same fine-tuned vectors."""
     from fedmerge.deploy.progress import RunProgress
@@ -56,9 +76,20 @@ def simulate_command(
     from fedmerge.deploy.simulate import SimulationConfig, simulate
 
     rules = parse_rules(rule, settings or [])
-    config = SimulationConfig(stream=stream, tasks=tasks, sites=sites, sites_per_task=sites_per_task, partition=partition,
-                              rounds=rounds, seed=seed, rows=rows, actors=actors, workers=workers,
-                              timeout_seconds=timeout, save_merged=save_merged)
+    config = SimulationConfig(
+        stream=stream,
+        tasks=tasks,
+        sites=sites,
+        sites_per_task=sites_per_task,
+        partition=partition,
+        rounds=rounds,
+        seed=seed,
+        rows=rows,
+        actors=actors,
+        workers=workers,
+        timeout_seconds=timeout,
+        save_merged=save_merged,
+    )
     console.print(f"stream {stream}, {sites} sites, rules {rule}, seed {seed}", highlight=False)
     results = simulate(config, rules, out, RunProgress(console))
     report = write_report(results, out / "report.html")
@@ -68,21 +99,30 @@ def simulate_command(
 
 @app.command("merge")
 def merge_command(
-    inputs: Annotated[list[Path], typer.Argument(help="Checkpoints, task vectors or adapter folders, in order of arrival.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Checkpoints, task vectors or adapter folders, in order of arrival.")
+    ],
     base: Annotated[Path, typer.Option(help="The pretrained checkpoint: a file or a Hugging Face folder.")],
     out: Annotated[Path, typer.Option(help="Merged weights, a .safetensors file.")],
     rule: Annotated[str, typer.Option(help="Merge rule: opcm, average, task_arithmetic.")] = "opcm",
     settings: Settings = None,
-    kinds: Annotated[Path | None, typer.Option(help="TOML file: matrix, vector, private, constant = lists of name patterns.")] = None,
-    private: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave as in the base; may be repeated.")] = None,
-    actors: Annotated[int | None, typer.Option(min=1, help="Merge on so many Ray actors instead of in this process.")] = None,
+    kinds: Annotated[
+        Path | None,
+        typer.Option(help="TOML file: matrix, vector, private, constant = lists of name patterns."),
+    ] = None,
+    private: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layers to leave as in the base; may be repeated.")
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Merge on so many Ray actors instead of in this process.")
+    ] = None,
     num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs per actor, fractions allowed.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="An existing Ray cluster, host:port.")] = None,
 ) -> None:
     """Merge files offline: the base's names and dtypes come out, with OUT.json beside it."""
     from fedmerge.deploy.offline import Workers, merge_files, print_merge, read_kinds
 
-    chosen, = parse_rules(rule, settings or [], one=True)
+    (chosen,) = parse_rules(rule, settings or [], one=True)
     workers = Workers(actors, num_gpus, ray_address)
     record = merge_files(base, inputs, out, chosen, read_kinds(kinds), private or [], workers, console)
     print_merge(record, out, console)
@@ -93,10 +133,16 @@ def diff_command(
     base: Annotated[Path, typer.Argument(help="The pretrained checkpoint.")],
     tuned: Annotated[Path, typer.Argument(help="The fine-tuned checkpoint.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The task vector, a .safetensors file.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Keep so many singular directions of every matrix.")] = None,
-    energy: Annotated[float | None, typer.Option(min=0, max=1, help="Keep this share of every matrix's squared norm.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many singular directions of every matrix.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Keep this share of every matrix's squared norm.")
+    ] = None,
     task: Annotated[str, typer.Option(help="The task's name, kept in the file.")] = "",
-    private: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave out; may be repeated.")] = None,
+    private: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layers to leave out; may be repeated.")
+    ] = None,
 ) -> None:
     """Write the task vector of a fine-tuned checkpoint: tuned minus base."""
     from fedmerge.deploy.offline import diff_files
@@ -105,7 +151,9 @@ def diff_command(
 
 
 @app.command("inspect")
-def inspect_command(file: Annotated[Path, typer.Argument(help="A task vector, a checkpoint or an adapter folder.")]) -> None:
+def inspect_command(
+    file: Annotated[Path, typer.Argument(help="A task vector, a checkpoint or an adapter folder.")],
+) -> None:
     """Show what a file is, where it comes from, and its layers with their norms."""
     from fedmerge.deploy.offline import inspect_file
 
@@ -115,8 +163,12 @@ def inspect_command(file: Annotated[Path, typer.Argument(help="A task vector, a 
 @bench.command("opcm")
 def bench_opcm_command(
     shape: Annotated[str, typer.Option(help="vit-b-32, minilm or tiny.")] = "vit-b-32",
-    lora: Annotated[int | None, typer.Option(min=1, help="Vectors of this rank instead of full-rank ones.")] = None,
-    actors: Annotated[int | None, typer.Option(min=1, help="On so many Ray actors instead of in this process.")] = None,
+    lora: Annotated[
+        int | None, typer.Option(min=1, help="Vectors of this rank instead of full-rank ones.")
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="On so many Ray actors instead of in this process.")
+    ] = None,
     tasks: Annotated[int, typer.Option(min=2)] = 6,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -149,8 +201,11 @@ def parse_rules(names: str, settings: list[str], one: bool = False) -> list[Any]
         owner, dot, option = key.rpartition(".")
         owner = owner if dot else chosen[0]
         if not equals or owner not in options or (not dot and len(chosen) > 1):
-            raise ConfigError("not a setting of a chosen rule", got=repr(setting),
-                              wanted=" or ".join(f"{name}.OPTION=VALUE" for name in chosen))
+            raise ConfigError(
+                "not a setting of a chosen rule",
+                got=repr(setting),
+                wanted=" or ".join(f"{name}.OPTION=VALUE" for name in chosen),
+            )
         options[owner][option] = _value(value)
     return [make_rule(name, options[name]) for name in chosen]
 

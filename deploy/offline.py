@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import tomllib
 from collections import Counter
@@ -20,7 +19,7 @@ from rich.table import Table
 from fedmerge import __version__
 from fedmerge.common import adapter, vectorfile
 from fedmerge.common.base import Base
-from fedmerge.common.checkpoint import open_checkpoint
+from fedmerge.common.checkpoint import open_checkpoint, read_json
 from fedmerge.common.errors import ConfigError, FileError, UnknownLayer
 from fedmerge.common.layers import LayerKind, LayerSpec, matches, short_dtype
 from fedmerge.common.sources import open_update
@@ -107,11 +106,13 @@ def merge_files(
         FedmergeError: nothing is written.
     """
     if out.suffix != ".safetensors":
-        raise ConfigError("the merged weights are a safetensors file", where=out, wanted="a name ending in .safetensors")
+        raise ConfigError(
+            "the merged weights are a safetensors file", where=out, wanted="a name ending in .safetensors"
+        )
     if not out.parent.is_dir():
         raise FileError("no such folder", where=out.parent)
     base = Base.from_checkpoint(base_path, _kinds_by_name(base_path, kinds), private)
-    vectors = [open_update(path, base, **_extra(path, private)) for path in inputs]
+    vectors = [open_update(path, base, private=_private_for(path, private)) for path in inputs]
     seconds = {"merging": 0.0, "writing": 0.0}
     with workers.engine(rule, base.layers.values()) as engine, bars(console) as progress:
         aggregator = Aggregator(base, engine)
@@ -165,8 +166,12 @@ def diff_files(
             progress.advance(bar)
             return update
 
-        written = vectorfile.save(TaskVector(vector.names, read, vector.unchanged, manifest, vector.label), out)
-    console.print(f"{out}: {written:,} bytes, {len(vector.names)} layers, norm {total**0.5:.4g}", highlight=False)
+        written = vectorfile.save(
+            TaskVector(vector.names, read, vector.unchanged, manifest, vector.label), out
+        )
+    console.print(
+        f"{out}: {written:,} bytes, {len(vector.names)} layers, norm {total**0.5:.4g}", highlight=False
+    )
     if lost:
         share = (sum(lost.values()) / total) ** 0.5 if total else 0.0
         console.print(f"truncation left out {share:.2%} of the vector's norm", highlight=False)
@@ -202,8 +207,9 @@ def inspect_file(path: Path, console: Console) -> None:
     """
     folder = path.is_dir() and (path / adapter.CONFIG).is_file()
     if folder:
-        config = json.loads((path / adapter.CONFIG).read_text())
-        console.print(f"{path}: PEFT adapter, {config.get('peft_type')}, r {config.get('r')}, alpha {config.get('lora_alpha')}", highlight=False)
+        config = read_json(path / adapter.CONFIG)
+        facts = ", ".join(f"{key} {config.get(key)}" for key in ("peft_type", "r", "lora_alpha"))
+        console.print(f"{path}: PEFT adapter, {facts}", highlight=False)
         _print_checkpoint(path / adapter.WEIGHTS, console)
     elif not path.is_dir() and vectorfile.is_task_vector(path):
         _print_vector(vectorfile.load(path), console)
@@ -238,13 +244,18 @@ def read_kinds(path: Path | None) -> dict[LayerKind, list[str]]:
 def print_merge(record: MergeRecord, out: Path, console: Console) -> None:
     """A table of the merges, how layers were treated, and where the result is."""
     table = Table(title=f"{record.rule} over {len(record.inputs)} inputs")
-    for heading in ("version", "input", "kind", "layers", "‖τ‖", "‖θ−θ₀‖", "λ"):
+    for heading in ("version", "input", "kind", "layers", "‖τ‖", "‖θ-θ₀‖", "λ"):
         table.add_column(heading, justify="left" if heading in ("input", "kind") else "right")
     for row in record.inputs:
         facts = row.version
         layers = f"{row.changed}" + (f" ({row.low_rank} low-rank)" if row.low_rank else "")
-        table.add_row(str(facts["number"]), Path(row.path).name, row.kind, layers,
-                      *(f"{facts[key]:.4g}" for key in ("update_norm", "merged_norm", "lambda_t")))
+        table.add_row(
+            str(facts["number"]),
+            Path(row.path).name,
+            row.kind,
+            layers,
+            *(f"{facts[key]:.4g}" for key in ("update_norm", "merged_norm", "lambda_t")),
+        )
     console.print(table)
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in record.kinds.items() if names)
     console.print(f"layers by kind: {counts} (names in {out.with_suffix('.json').name})", highlight=False)
@@ -283,7 +294,9 @@ def _record(
         base=str(base_path),
         base_fingerprint=base.fingerprint,
         inputs=[_input(*each, base) for each in zip(inputs, vectors, aggregator.versions, strict=True)],
-        kinds={str(kind): [n for n, layer in base.layers.items() if layer.kind is kind] for kind in LayerKind},
+        kinds={
+            str(kind): [n for n, layer in base.layers.items() if layer.kind is kind] for kind in LayerKind
+        },
         scale=last.scale,
         lambda_t=last.lambda_t,
         merged_norm=last.merged_norm,
@@ -300,7 +313,9 @@ def _input(path: Path, vector: TaskVector, merged: Version, base: Base) -> Input
         path=str(path),
         kind=kind,
         changed=len(vector.names),
-        low_rank=sum(isinstance(vector.read(name), LowRank) for name in vector.names) if kind != "checkpoint" else 0,
+        low_rank=sum(isinstance(vector.read(name), LowRank) for name in vector.names)
+        if kind != "checkpoint"
+        else 0,
         unchanged=list(vector.unchanged),
         left_out=[name for name in held if name not in base.merged_layers],
         version=asdict(merged),
@@ -310,12 +325,16 @@ def _input(path: Path, vector: TaskVector, merged: Version, base: Base) -> Input
 def _kind_of(path: Path) -> str:
     if (path / adapter.CONFIG).is_file():
         return "adapter"
-    return "task vector" if path.is_file() and path.suffix != ".json" and vectorfile.is_task_vector(path) else "checkpoint"
+    return (
+        "task vector"
+        if path.is_file() and path.suffix != ".json" and vectorfile.is_task_vector(path)
+        else "checkpoint"
+    )
 
 
-def _extra(path: Path, private: Sequence[str]) -> dict[str, Sequence[str]]:
+def _private_for(path: Path, private: Sequence[str]) -> Sequence[str]:
     """Private patterns, for sources that do not carry their own list of layers."""
-    return {} if _kind_of(path) == "task vector" else {"private": private}
+    return () if _kind_of(path) == "task vector" else private
 
 
 def _kinds_by_name(base_path: Path, patterns: Mapping[LayerKind, Sequence[str]]) -> dict[str, LayerKind]:
@@ -338,9 +357,14 @@ def _kinds_by_name(base_path: Path, patterns: Mapping[LayerKind, Sequence[str]])
 def _print_vector(vector: TaskVector, console: Console) -> None:
     manifest = vector.manifest
     console.print(f"{vector.label}: task vector", highlight=False)
-    console.print(f"base {manifest.base[:12] or 'unknown'}, task {manifest.task or '-'}, site {manifest.site or '-'}, "
-                  f"{manifest.examples} examples, origin version {manifest.origin_version}", highlight=False)
-    table = Table("layer", "shape", "form", "norm", title=f"{len(vector.names)} layers, norm {vector.norm():.4g}")
+    console.print(
+        f"base {manifest.base[:12] or 'unknown'}, task {manifest.task or '-'}, site {manifest.site or '-'}, "
+        f"{manifest.examples} examples, origin version {manifest.origin_version}",
+        highlight=False,
+    )
+    table = Table(
+        "layer", "shape", "form", "norm", title=f"{len(vector.names)} layers, norm {vector.norm():.4g}"
+    )
     for name, update in vector.items():
         form = f"rank {update.rank}" if isinstance(update, LowRank) else "dense"
         table.add_row(name, str(update.shape), form, f"{update.sum_of_squares() ** 0.5:.4g}")
@@ -353,8 +377,19 @@ def _print_checkpoint(path: Path, console: Console) -> None:
     checkpoint = open_checkpoint(path)
     base = Base.from_checkpoint(checkpoint)
     counts = Counter(str(layer.kind) for layer in base.layers.values())
-    table = Table("layer", "shape", "dtype", "kind by shape", "norm", title=", ".join(f"{n} {k}" for k, n in counts.items()))
+    table = Table(
+        "layer",
+        "shape",
+        "dtype",
+        "kind by shape",
+        "norm",
+        title=", ".join(f"{n} {k}" for k, n in counts.items()),
+    )
     for name, layer in base.layers.items():
-        norm = f"{float(torch.linalg.vector_norm(base.read(name).double())):.4g}" if layer.dtype.is_floating_point else ""
+        norm = (
+            f"{float(torch.linalg.vector_norm(base.read(name).double())):.4g}"
+            if layer.dtype.is_floating_point
+            else ""
+        )
         table.add_row(name, str(layer.shape), short_dtype(layer.dtype), str(layer.kind), norm)
     console.print(table)

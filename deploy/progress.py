@@ -27,7 +27,9 @@ class RunProgress:
         """Shows the bars while inside; the numbers are how many of each are expected."""
         totals = dict(zip(PHASES, (trainings, len(tasks), scorings), strict=True))
         with bars(self.console) as self._bars:
-            self._ids = {phase: self._bars.add_task(phase, total=total, note="") for phase, total in totals.items()}
+            self._ids = {
+                phase: self._bars.add_task(phase, total=total, note="") for phase, total in totals.items()
+            }
             yield
         self._bars = None
 
@@ -51,7 +53,10 @@ class RunProgress:
 def bars(console: Console) -> Progress:
     """Progress bars as everywhere in fedmerge: name, bar, count, time, a note."""
     columns: tuple[Any, ...] = (
-        TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
     )
     return Progress(*columns, console=console)

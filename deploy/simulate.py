@@ -22,8 +22,8 @@ from fedmerge.client.loading import load_stream
 from fedmerge.client.tasks import Stream, StreamOptions
 from fedmerge.common.base import Base
 from fedmerge.common.errors import ConfigError
-from fedmerge.deploy.progress import RunProgress
 from fedmerge.common.score import pooled
+from fedmerge.deploy.progress import RunProgress
 from fedmerge.deploy.report.results import Failure, MergeRow, Results, RuleResults, SiteTraffic, save
 from fedmerge.server.app import EngineConfig, run_federation, save_merged
 from fedmerge.server.federation import Federation, FederationConfig
@@ -80,7 +80,9 @@ def simulate(config: SimulationConfig, rules: Sequence[Rule], out: Path, progres
         ConfigError: a setting that does not fit the stream. Whatever stops the ServerApp comes through.
     """
     if config.sites_per_task > config.sites:
-        raise ConfigError("more sites per task than sites", got=config.sites_per_task, wanted=f"at most {config.sites}")
+        raise ConfigError(
+            "more sites per task than sites", got=config.sites_per_task, wanted=f"at most {config.sites}"
+        )
     os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
     started, clock = datetime.now(UTC), time.perf_counter()
     config = config.model_copy(update={"stream": _absolute(config.stream)})
@@ -88,9 +90,15 @@ def simulate(config: SimulationConfig, rules: Sequence[Rule], out: Path, progres
     tasks = _chosen(stream, config.tasks)
     stream.prepare()
     base = Base.from_model(stream.build_model(), stream.private)
-    layout = FederationConfig(tasks=tasks, rounds=config.rounds, sites_per_task=config.sites_per_task,
-                              partition=config.partition, seed=config.seed, min_sites=config.sites,
-                              timeout_seconds=config.timeout_seconds)
+    layout = FederationConfig(
+        tasks=tasks,
+        rounds=config.rounds,
+        sites_per_task=config.sites_per_task,
+        partition=config.partition,
+        seed=config.seed,
+        min_sites=config.sites,
+        timeout_seconds=config.timeout_seconds,
+    )
     history = History(progress.follow)
     out.mkdir(parents=True, exist_ok=True)
     set_up = time.perf_counter() - clock
@@ -138,7 +146,9 @@ def _run_in_flower(
 
     site = SiteConfig(config.stream, seed=config.seed, rows=config.rows)
     resources = {"num_cpus": 1, "num_gpus": torch.cuda.device_count() / workers}
-    run_simulation(server, make_client_app(site), config.sites, backend_config={"client_resources": resources})
+    run_simulation(
+        server, make_client_app(site), config.sites, backend_config={"client_resources": resources}
+    )
     return finished[0]
 
 
@@ -186,7 +196,9 @@ def _results(
         rules={rule.name: measured(rule) for rule in rules},
         sites_traffic=_traffic(federation),
         seconds=seconds | _phases(history),
-        failures=[Failure(**{key: event[key] for key in Failure.model_fields}) for event in history.of("failed")],
+        failures=[
+            Failure(**{key: event[key] for key in Failure.model_fields}) for event in history.of("failed")
+        ],
     )
 
 
@@ -202,7 +214,9 @@ def _traffic(federation: Federation) -> list[SiteTraffic]:
             site=site.label,
             tasks=[run.task for run in federation.runs if site in run.sites],
             up_bytes=sum(event["bytes_up"] for event in history.of("trained") if event["site"] == site.label),
-            down_bytes=sum(event["bytes_down"] for event in history.of("sent") if event["site"] == site.label),
+            down_bytes=sum(
+                event["bytes_down"] for event in history.of("sent") if event["site"] == site.label
+            ),
             failures=sum(event["site"] == site.label for event in history.of("failed")),
         )
         for site in sorted(federation.sites.values(), key=lambda site: site.label)
@@ -221,8 +235,12 @@ def _phases(history: History) -> dict[str, float]:
 
 def _chosen(stream: Stream, count: int | None) -> tuple[str, ...]:
     if count is not None and count > len(stream.tasks):
-        raise ConfigError("more tasks than the stream has", where=f"stream {stream.name!r}", got=count,
-                          wanted=f"at most {len(stream.tasks)}")
+        raise ConfigError(
+            "more tasks than the stream has",
+            where=f"stream {stream.name!r}",
+            got=count,
+            wanted=f"at most {len(stream.tasks)}",
+        )
     return stream.tasks[:count]
 
 

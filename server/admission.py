@@ -27,12 +27,21 @@ def admit(vector: TaskVector, base: Base, *, task: str, origin_version: int = 0)
     """
     manifest, where = vector.manifest, vector.label
     if manifest.base != base.fingerprint:
-        raise BaseMismatch("made from another base", where=where, got=manifest.base[:12] or "none",
-                           wanted=base.fingerprint[:12], do="Fine-tune from the weights the server registered.")
+        raise BaseMismatch(
+            "made from another base",
+            where=where,
+            got=manifest.base[:12] or "none",
+            wanted=base.fingerprint[:12],
+            do="Fine-tune from the weights the server registered.",
+        )
     if manifest.origin_version != origin_version:
-        raise VersionMismatch("another origin version", where=where, got=manifest.origin_version, wanted=origin_version)
+        raise VersionMismatch(
+            "another origin version", where=where, got=manifest.origin_version, wanted=origin_version
+        )
     if manifest.task != task:
-        raise MismatchError("a vector for another task", where=where, got=repr(manifest.task), wanted=repr(task))
+        raise MismatchError(
+            "a vector for another task", where=where, got=repr(manifest.task), wanted=repr(task)
+        )
     check_vector(vector, base)
     norm = vector.norm()
     if not norm <= FLOAT32_MAX:
@@ -47,5 +56,7 @@ def weight(examples: object, *, where: str, cap: int = MAX_EXAMPLES) -> int:
     """
     number = examples if isinstance(examples, int | float) and not isinstance(examples, bool) else math.nan
     if not math.isfinite(number) or number != int(number) or number < 1:
-        raise BadWeight("the example count is not a whole number of at least 1", where=where, got=repr(examples))
+        raise BadWeight(
+            "the example count is not a whole number of at least 1", where=where, got=repr(examples)
+        )
     return min(int(number), cap)

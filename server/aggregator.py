@@ -46,7 +46,9 @@ class Aggregator:
         self.base, self.engine = base, engine
         self.versions: list[Version] = []
 
-    def merge(self, vector: TaskVector, sites: Sequence[str] = (), on_layer: OnLayer = lambda _: None) -> Version:
+    def merge(
+        self, vector: TaskVector, sites: Sequence[str] = (), on_layer: OnLayer = lambda _: None
+    ) -> Version:
         """Merges one admitted vector; on error the model and its versions are as before."""
         started = time.perf_counter()
         totals = self.engine.merge(vector, on_layer)
@@ -68,8 +70,9 @@ class Aggregator:
 
     def merged(self) -> TaskVector:
         """The current version as a vector from the base, layers read on demand."""
-        manifest = Manifest(base=self.base.fingerprint, origin_version=self.engine.totals.merges,
-                            task="merged", site="server")
+        manifest = Manifest(
+            base=self.base.fingerprint, origin_version=self.engine.totals.merges, task="merged", site="server"
+        )
         merged = self.engine.merged()
         return TaskVector(merged.names, merged.read, merged.unchanged, manifest, merged.label)
 

@@ -6,7 +6,7 @@ Run-config keys, all optional but ``base``:
   ``private``: comma-separated patterns of layers that never leave a site
 - ``rule``: comma-separated names, by default ``opcm``; ``NAME.OPTION``: a rule's option, as ``opcm.alpha``
 - ``tasks`` (comma-separated, in merging order), ``rounds``, ``sites-per-task``, ``partition``, ``seed``,
-  ``min-sites``, ``wait-seconds``, ``timeout-seconds``, ``max-examples``, ``evaluate``: see ``FederationConfig``
+  ``min-sites``, ``wait-seconds``, ``timeout-seconds``, ``max-examples``, ``evaluate``: ``FederationConfig``
 - ``actors``, ``threads``, ``num-gpus``, ``ray-address``: see ``EngineConfig``
 - ``out``: folder for ``history.jsonl`` and the final merged vectors
 """
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import InMemoryGrid
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmerge.common.base import Base
@@ -37,6 +38,8 @@ from fedmerge.server.merge import RULES, make_rule
 from fedmerge.server.merge.rule import Rule
 
 logger = logging.getLogger("fedmerge.server")
+
+RAY_START_SECONDS = 60.0
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -64,7 +67,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run with the settings of the run config."""
-    given = {key: value for key, value in context.run_config.items() if value != ""}
+    given: dict[str, Any] = {key: value for key, value in context.run_config.items() if value != ""}
     names = _listed(given.pop("rule", "opcm"))
     rules = [make_rule(name, _options_of(name, given)) for name in names]
     base = open_base(str(given.pop("base", "")), _listed(given.pop("private", "")))
@@ -73,7 +76,9 @@ def main(grid: Grid, context: Context) -> None:
     engines, federation = _split(given, EngineConfig, FederationConfig)
     out.mkdir(parents=True, exist_ok=True)
     history = History(_log)
-    finished = run_federation(grid, base, rules, federation, engines, history, lambda run: save_merged(run, out))
+    finished = run_federation(
+        grid, base, rules, federation, engines, history, lambda run: save_merged(run, out)
+    )
     history.save(out / "history.jsonl")
     logger.info("%d tasks merged; history and merged vectors are in %s", len(finished.merged), out)
 
@@ -95,11 +100,17 @@ def run_federation(
     Raises:
         ConfigError: no usable site. EngineError: Ray cannot be reached, or actors keep dying.
     """
-    start_ray(engines.ray_address)
+    # In `flwr run`'s own simulation Flower starts Ray, beside this thread.
+    start_ray(engines.ray_address, wait=RAY_START_SECONDS if isinstance(grid, InMemoryGrid) else 0.0)
 
     def engine(rule: Rule) -> Engine:
-        return RayEngine(rule, base.layers.values(), actors=engines.actors, threads=engines.threads,
-                         num_gpus=engines.num_gpus)
+        return RayEngine(
+            rule,
+            base.layers.values(),
+            actors=engines.actors,
+            threads=engines.threads,
+            num_gpus=engines.num_gpus,
+        )
 
     with ExitStack() as stack:
         aggregators = {rule.name: Aggregator(base, stack.enter_context(engine(rule))) for rule in rules}
@@ -116,8 +127,12 @@ def open_base(spec: str, private: Sequence[str] = ()) -> Base:
         ConfigError, FileError: nothing usable there.
     """
     if not spec:
-        raise ConfigError("no pretrained model is named", where="run config", wanted="base",
-                          do="Name a checkpoint or package.module:function in the key 'base'.")
+        raise ConfigError(
+            "no pretrained model is named",
+            where="run config",
+            wanted="base",
+            do="Name a checkpoint or package.module:function in the key 'base'.",
+        )
     if ":" in spec and not Path(spec).exists():
         return Base.from_model(find_function(spec, where="base")(), private)
     return Base.from_checkpoint(spec, private=private)
@@ -141,8 +156,12 @@ def _split(given: Mapping[str, Any], first: type[Config], second: type[BaseModel
     unknown = sorted(set(settings) - set(first.model_fields) - set(second.model_fields))
     if unknown:
         known = sorted({*first.model_fields, *second.model_fields, "base", "private", "rule", "out"})
-        raise ConfigError("unknown run-config key", got=unknown, wanted=" or ".join(known),
-                          do=f"A rule's option is written RULE.OPTION; the rules are {', '.join(RULES)}.")
+        raise ConfigError(
+            "unknown run-config key",
+            got=unknown,
+            wanted=" or ".join(known),
+            do=f"A rule's option is written RULE.OPTION; the rules are {', '.join(RULES)}.",
+        )
     return tuple(
         validated(kind, {key: value for key, value in settings.items() if key in kind.model_fields})
         for kind in (first, second)
@@ -159,8 +178,9 @@ def validated(kind: type[Config], settings: Mapping[str, Any]) -> Config:
         return kind.model_validate(dict(settings))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ConfigError(f"setting {'.'.join(map(str, first['loc']))!r}: {first['msg']}",
-                          got=repr(first.get("input"))) from error
+        raise ConfigError(
+            f"setting {'.'.join(map(str, first['loc']))!r}: {first['msg']}", got=repr(first.get("input"))
+        ) from error
 
 
 def _listed(value: object) -> list[str]:

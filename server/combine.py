@@ -29,18 +29,27 @@ def combine(vectors: Sequence[TaskVector], weights: Sequence[float]) -> TaskVect
     unchanged = tuple(name for name in vectors[0].unchanged if name not in names)
 
     def read(name: str) -> LayerUpdate:
-        parts = [(v.read(name), share) for v, share, has in zip(vectors, shares, brought, strict=True) if name in has]
+        parts = [
+            (v.read(name), share)
+            for v, share, has in zip(vectors, shares, brought, strict=True)
+            if name in has
+        ]
         return _sum(parts)
 
-    manifest = replace(vectors[0].manifest, examples=sum(v.manifest.examples for v in vectors),
-                       site="+".join(v.manifest.site for v in vectors))
+    manifest = replace(
+        vectors[0].manifest,
+        examples=sum(v.manifest.examples for v in vectors),
+        site="+".join(v.manifest.site for v in vectors),
+    )
     return TaskVector(names, read, unchanged, manifest, "+".join(v.label for v in vectors))
 
 
 def add_vectors(first: TaskVector, second: TaskVector) -> TaskVector:
     """``first + second``: what a task has moved after one more round."""
     whole = combine([first, second], [1.0, 1.0])
-    return TaskVector(whole.names, lambda name: whole.read(name).times(2.0), whole.unchanged, second.manifest, second.label)
+    return TaskVector(
+        whole.names, lambda name: whole.read(name).times(2.0), whole.unchanged, second.manifest, second.label
+    )
 
 
 def _sum(parts: Sequence[tuple[LayerUpdate, float]]) -> LayerUpdate:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -185,8 +186,12 @@ class Federation:
         while self._greeting and self._clock() < deadline:
             self._step()
         if not self.sites:
-            raise ConfigError("no site is ready", got=f"{len(self._greeted)} connected, none usable",
-                              wanted=f"{self.config.min_sites}", do="The history says why each was refused.")
+            raise ConfigError(
+                "no site is ready",
+                got=f"{len(self._greeted)} connected, none usable",
+                wanted=f"{self.config.min_sites}",
+                do="The history says why each was refused.",
+            )
 
     @property
     def _greeting(self) -> bool:
@@ -195,7 +200,12 @@ class Federation:
     def _greet_newcomers(self) -> None:
         for node in sorted(self._mailbox.nodes() - self._greeted):
             self._greeted.add(node)
-            self._send(node, wire.HELLO, _Hello(), lambda: RecordDict({wire.JOB: ConfigRecord({"version": __version__})}))
+            self._send(
+                node,
+                wire.HELLO,
+                _Hello(),
+                lambda: RecordDict({wire.JOB: ConfigRecord({"version": __version__})}),
+            )
 
     def _welcome(self, reply: Reply) -> None:
         node = reply.request.node
@@ -206,8 +216,12 @@ class Federation:
             hello = wire.unpack_job(Hello, reply.content, where=f"node {node}")
             wire.check_version(hello.version, __version__, where=hello.site)
             if hello.base != self.base.fingerprint:
-                raise BaseMismatch("another pretrained model", where=hello.site, got=hello.base[:12],
-                                   wanted=self.base.fingerprint[:12])
+                raise BaseMismatch(
+                    "another pretrained model",
+                    where=hello.site,
+                    got=hello.base[:12],
+                    wanted=self.base.fingerprint[:12],
+                )
         except FedmergeError as error:
             self._fail(f"node {node}", "", "hello", str(error))
             return
@@ -251,9 +265,17 @@ class Federation:
         run.waiting, run.arrived = {site.node for site in run.sites}, {}
         origin = wire.pack_vector(to_bytes(run.moved)) if run.moved is not None else None
         for site in run.sites:
-            job = TrainJob(run.task, self.base.fingerprint, run.round, 0, self.config.seed,
-                           run.part_of(site.node), len(run.sites), self.config.partition)
-            self._send(site.node, wire.TRAIN, _Train(index, run.round), lambda job=job: _train_content(job, origin))
+            job = TrainJob(
+                run.task,
+                self.base.fingerprint,
+                run.round,
+                0,
+                self.config.seed,
+                run.part_of(site.node),
+                len(run.sites),
+                self.config.partition,
+            )
+            self._send(site.node, wire.TRAIN, _Train(index, run.round), partial(_train_content, job, origin))
 
     def _receive(self, reply: Reply, key: _Train) -> None:
         """One site's answer to a training request: admitted, refused or missing."""
@@ -274,17 +296,24 @@ class Federation:
         where = f"update of {label}"
         vector = wire.unpack_vector(content, wire.VECTOR, where=where)
         admit(vector, self.base, task=run.task)
-        metrics = content.metric_records.get(wire.METRICS, {})
+        metrics: Mapping[str, object] = content.metric_records.get(wire.METRICS, {})
         examples = weight(metrics.get("num-examples"), where=where, cap=self.config.max_examples)
         run.arrived[node] = vector, examples
         if run.round == self.config.rounds:
             found = wire.unpack_scores(content, ["fine-tuned"], [run.task]).values()
             self.fine_tuned.setdefault(run.task, []).extend(found)
-        self.history.record("trained", site=label, task=run.task, round=run.round, examples=examples,
-                            bytes_up=wire.bytes_in(content), seconds=round(seconds, 3),
-                            train_seconds=_number(metrics.get("train-seconds")),
-                            score_seconds=_number(metrics.get("score-seconds")),
-                            loss=_number(metrics.get("train-loss")))
+        self.history.record(
+            "trained",
+            site=label,
+            task=run.task,
+            round=run.round,
+            examples=examples,
+            bytes_up=wire.bytes_in(content),
+            seconds=round(seconds, 3),
+            train_seconds=_number(metrics.get("train-seconds")),
+            score_seconds=_number(metrics.get("score-seconds")),
+            loss=_number(metrics.get("train-loss")),
+        )
 
     def _close_round(self, index: int) -> None:
         run = self.runs[index]
@@ -321,10 +350,20 @@ class Federation:
                 published[name] = wire.pack_vector(to_bytes(aggregator.merged()))
             read_seconds = time.perf_counter() - started
             aggregator.prepare()
-            self.history.record("merged", rule=name, task=run.task, sites=run.learned_by, version=number,
-                                examples=version.examples, lambda_t=version.lambda_t, scale=version.scale,
-                                update_norm=version.update_norm, merged_norm=version.merged_norm,
-                                absorb_seconds=round(version.absorb_seconds, 4), read_seconds=round(read_seconds, 4))
+            self.history.record(
+                "merged",
+                rule=name,
+                task=run.task,
+                sites=run.learned_by,
+                version=number,
+                examples=version.examples,
+                lambda_t=version.lambda_t,
+                scale=version.scale,
+                update_norm=version.update_norm,
+                merged_norm=version.merged_norm,
+                absorb_seconds=round(version.absorb_seconds, 4),
+                read_seconds=round(read_seconds, 4),
+            )
         self.history.record("published", task=run.task, version=number)
         if self.config.evaluate:
             self._publish(number, published)
@@ -333,17 +372,29 @@ class Federation:
         """Sends a version to every site that holds test data of some task."""
         self._published[number] = merged
         for site in self.sites.values():
-            held = [(run.task, run.part_of(site.node), len(run.sites)) for run in self.runs if site in run.sites]
+            held = [
+                (run.task, run.part_of(site.node), len(run.sites)) for run in self.runs if site in run.sites
+            ]
             if not held:
                 continue
             tasks, part, parts = zip(*held, strict=True)
-            job = EvaluateJob(number, self.base.fingerprint, self.config.seed, tasks, part, parts, self.config.partition)
+            job = EvaluateJob(
+                number, self.base.fingerprint, self.config.seed, tasks, part, parts, self.config.partition
+            )
             self._unscored[number] = self._unscored.get(number, 0) + 1
-            self._send(site.node, wire.EVALUATE, _Evaluate(number), lambda job=job: self._evaluate_content(job), first=True)
+            self._send(
+                site.node,
+                wire.EVALUATE,
+                _Evaluate(number),
+                partial(self._evaluate_content, job),
+                first=True,
+            )
 
     def _evaluate_content(self, job: EvaluateJob) -> RecordDict:
         merged = self._published[job.version].items()
-        return RecordDict({wire.JOB: wire.pack_job(job), **{wire.MERGED + rule: record for rule, record in merged}})
+        return RecordDict(
+            {wire.JOB: wire.pack_job(job), **{wire.MERGED + rule: record for rule, record in merged}}
+        )
 
     def _take_scores(self, reply: Reply, version: int) -> None:
         label = self._label(reply.request.node)
@@ -357,9 +408,15 @@ class Federation:
         found = wire.unpack_scores(reply.content, rules, [run.task for run in self.runs])
         for (rule, task), score in found.items():
             self.scores.setdefault((rule, version, task), []).append(score)
-        metrics = reply.content.metric_records.get(wire.METRICS, {})
-        self.history.record("evaluated", site=label, version=version, scores=len(found), seconds=round(reply.seconds, 3),
-                            score_seconds=_number(metrics.get("score-seconds")))
+        metrics: Mapping[str, object] = reply.content.metric_records.get(wire.METRICS, {})
+        self.history.record(
+            "evaluated",
+            site=label,
+            version=version,
+            scores=len(found),
+            seconds=round(reply.seconds, 3),
+            score_seconds=_number(metrics.get("score-seconds")),
+        )
 
     # --- messages ---
 
@@ -369,7 +426,9 @@ class Federation:
         self._mailbox.put(Request(node, kind, key, content, self.config.timeout_seconds), first=first)
 
     def _note_sent(self, request: Request, content: RecordDict) -> None:
-        self.history.record("sent", site=self._label(request.node), message=request.kind, bytes_down=wire.bytes_in(content))
+        self.history.record(
+            "sent", site=self._label(request.node), message=request.kind, bytes_down=wire.bytes_in(content)
+        )
 
     def _fail(self, site: str, task: str, phase: str, reason: str) -> None:
         self.history.record("failed", site=site, task=task, phase=phase, reason=reason)

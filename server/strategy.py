@@ -90,7 +90,9 @@ class ContinualMerging(Strategy):
         if self.aggregator is None:
             self._register(arrays)
         assert self._origin is not None
-        content = RecordDict({"arrays": self._origin, "config": ConfigRecord({**config, "server-round": server_round})})
+        content = RecordDict(
+            {"arrays": self._origin, "config": ConfigRecord({**config, "server-round": server_round})}
+        )
         return [Message(content, node, MessageType.TRAIN) for node in self._nodes(grid)]
 
     def aggregate_train(
@@ -118,15 +120,24 @@ class ContinualMerging(Strategy):
         for task in sorted(tasks):
             self._merge(task, tasks[task], server_round)
         last = self._aggregator.versions[-1]
-        metrics = MetricRecord({"tasks-merged": len(tasks), "replies-left-out": refused, "lambda-t": last.lambda_t,
-                                "update-norm": last.update_norm, "merged-norm": last.merged_norm})
+        metrics = MetricRecord(
+            {
+                "tasks-merged": len(tasks),
+                "replies-left-out": refused,
+                "lambda-t": last.lambda_t,
+                "update-norm": last.update_norm,
+                "merged-norm": last.merged_norm,
+            }
+        )
         return self.global_model(), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The global model to every node."""
-        content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "server-round": server_round})})
+        content = RecordDict(
+            {"arrays": arrays, "config": ConfigRecord({**config, "server-round": server_round})}
+        )
         return [Message(content, node, MessageType.EVALUATE) for node in self._nodes(grid)]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -140,7 +151,11 @@ class ContinualMerging(Strategy):
                 if key != "num-examples" and isinstance(value, int | float):
                     totals[key] = totals.get(key, 0.0) + share * value
                     weights[key] = weights.get(key, 0.0) + share
-        return MetricRecord({key: totals[key] / weights[key] for key in totals if weights[key]}) if totals else None
+        return (
+            MetricRecord({key: totals[key] / weights[key] for key in totals if weights[key]})
+            if totals
+            else None
+        )
 
     def global_model(self) -> ArrayRecord:
         """Base plus merged vector, in the base's names and dtypes."""
@@ -150,7 +165,9 @@ class ContinualMerging(Strategy):
     @property
     def _aggregator(self) -> Aggregator:
         if self.aggregator is None:
-            raise ConfigError("no base yet", do="Call start() first, or configure_train() with the base's arrays.")
+            raise ConfigError(
+                "no base yet", do="Call start() first, or configure_train() with the base's arrays."
+            )
         return self.aggregator
 
     def _register(self, arrays: ArrayRecord) -> None:
@@ -172,7 +189,10 @@ class ContinualMerging(Strategy):
         if reply.has_error():
             raise FedmergeError(f"error {reply.error.code}: {reply.error.reason}", where=where)
         base = self._aggregator.base
-        named = next((str(c[TASK_KEY]) for c in reply.content.config_records.values() if TASK_KEY in c), f"round-{server_round}")
+        named = next(
+            (str(c[TASK_KEY]) for c in reply.content.config_records.values() if TASK_KEY in c),
+            f"round-{server_round}",
+        )
         metrics = next(iter(reply.content.metric_records.values()), MetricRecord())
         examples = weight(metrics.get("num-examples"), where=where, cap=self._max_examples)
         vector = self._vector(reply.content, Manifest(base.fingerprint, 0, named, where, examples), where)
@@ -191,18 +211,32 @@ class ContinualMerging(Strategy):
             return TaskVector.of(tensors, unchanged, manifest, where)
         trained = content.array_records.get("arrays")
         if trained is None:
-            raise ConfigError("a reply without weights", where=where, got=sorted(content),
-                              wanted=f"an array record named 'arrays' or {wire.VECTOR!r}")
+            raise ConfigError(
+                "a reply without weights",
+                where=where,
+                got=sorted(content),
+                wanted=f"an array record named 'arrays' or {wire.VECTOR!r}",
+            )
         tensors = {name: torch.as_tensor(array.numpy()) for name, array in trained.items()}
-        return TaskVector.from_checkpoints(base, Checkpoint.of(tensors, where), manifest=manifest, private=self._private)
+        return TaskVector.from_checkpoints(
+            base, Checkpoint.of(tensors, where), manifest=manifest, private=self._private
+        )
 
     def _merge(self, task: str, arrived: Sequence[tuple[TaskVector, int]], server_round: int) -> None:
         vector = combine([vector for vector, _ in arrived], [examples for _, examples in arrived])
         sites = [vector.manifest.site for vector, _ in arrived]
         version = self._aggregator.merge(vector, sites)
         self._aggregator.prepare()
-        self.history.record("merged", round=server_round, task=task, sites=sites, version=version.number,
-                            lambda_t=version.lambda_t, update_norm=version.update_norm, merged_norm=version.merged_norm)
+        self.history.record(
+            "merged",
+            round=server_round,
+            task=task,
+            sites=sites,
+            version=version.number,
+            lambda_t=version.lambda_t,
+            update_norm=version.update_norm,
+            merged_norm=version.merged_norm,
+        )
 
 
 def _site(reply: Message) -> str:

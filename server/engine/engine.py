@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from fedmerge.common.errors import EngineError, UnknownLayer
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import Dense, TaskVector
 from fedmerge.server.merge.rule import LayerSums, Rule, Totals
+
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+"""What torch raises when a factorisation does not converge."""
 
 OnLayer = Callable[[str], None]
 """Called with a layer's name when it is done; for progress bars."""
@@ -110,5 +114,8 @@ class Engine(ABC):
 
 def factorisation_failed(layer: str, error: Exception) -> EngineError:
     """What to raise when linear algebra gives up on a layer."""
-    return EngineError(f"the factorisation failed: {error}", layer=layer,
-                       do="The update was not merged; check its values for extreme ranges.")
+    return EngineError(
+        f"the factorisation failed: {error}",
+        layer=layer,
+        do="The update was not merged; check its values for extreme ranges.",
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import LayerUpdate, TaskVector
-from fedmerge.server.engine.engine import Engine, OnLayer, factorisation_failed
+from fedmerge.server.engine.engine import Engine, LinAlgError, OnLayer, factorisation_failed
 from fedmerge.server.engine.placement import cost
 from fedmerge.server.engine.shard import Shard
 from fedmerge.server.merge.rule import LayerSums, Rule
@@ -64,7 +64,10 @@ class LocalEngine(Engine):
 
     def _absorb(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
         sums = {name: self._shard.untouched(name) for name in self.layers}
-        futures = {name: self._pool.submit(self._absorb_layer, name, update) for name in self._costliest_first(update.names)}
+        futures = {
+            name: self._pool.submit(self._absorb_layer, name, update)
+            for name in self._costliest_first(update.names)
+        }
         try:
             for name, future in futures.items():
                 sums[name] = future.result()
@@ -86,7 +89,7 @@ class LocalEngine(Engine):
         layer: LayerUpdate = update.read(name)
         try:
             return self._shard.absorb(name, layer)
-        except torch.linalg.LinAlgError as error:
+        except LinAlgError as error:
             raise factorisation_failed(name, error) from error
 
     def _finish(self) -> None:

@@ -11,7 +11,11 @@ from fedmerge.common.layers import LayerKind, LayerSpec
 def cost(layer: LayerSpec) -> float:
     """Relative work of merging a layer: M * N * min(M, N) for a matrix, its size for a vector."""
     rows, columns = layer.matrix_shape
-    return float(rows * columns * min(rows, columns)) if layer.kind is LayerKind.MATRIX else float(prod(layer.shape))
+    return (
+        float(rows * columns * min(rows, columns))
+        if layer.kind is LayerKind.MATRIX
+        else float(prod(layer.shape))
+    )
 
 
 def place(layers: Iterable[LayerSpec], shards: int) -> list[list[LayerSpec]]:

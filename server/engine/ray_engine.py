@@ -11,11 +11,12 @@ its pending state, so nothing is ever applied twice.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import ray
@@ -27,8 +28,8 @@ from torch import Tensor
 from fedmerge.common.errors import ConfigError, EngineError, FedmergeError
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import TaskVector
-from fedmerge.server.engine.engine import Engine, OnLayer, factorisation_failed
-from fedmerge.server.engine.placement import place
+from fedmerge.server.engine import placement
+from fedmerge.server.engine.engine import Engine, LinAlgError, OnLayer, factorisation_failed
 from fedmerge.server.engine.shard import Shard, as_update
 from fedmerge.server.merge.rule import LayerSums, Rule, Totals
 
@@ -55,7 +56,7 @@ class ShardActor:
         try:
             tensors = tuple(_tensor(array) for array in arrays)
             return self._shard.absorb(name, as_update(tensors, self._shard.layers[name].shape))
-        except torch.linalg.LinAlgError as error:
+        except LinAlgError as error:
             raise factorisation_failed(name, error) from error
 
     def untouched(self, names: list[str]) -> list[LayerSums]:
@@ -76,11 +77,16 @@ class ShardActor:
 
     def export(self) -> dict[str, tuple[type, dict[str, Any]]]:
         exported = self._shard.export().items()
-        return {name: (kind, {f: t.numpy() for f, t in tensors.items()}) for name, (kind, tensors) in exported}
+        return {
+            name: (kind, {f: t.numpy() for f, t in tensors.items()}) for name, (kind, tensors) in exported
+        }
 
     def restore(self, exported: Mapping[str, tuple[type, Mapping[str, Any]]]) -> None:
         self._shard.restore(
-            {name: (kind, {f: _tensor(a) for f, a in arrays.items()}) for name, (kind, arrays) in exported.items()}
+            {
+                name: (kind, {f: _tensor(a) for f, a in arrays.items()})
+                for name, (kind, arrays) in exported.items()
+            }
         )
 
     def whereabouts(self) -> dict[str, str | int]:
@@ -97,6 +103,33 @@ class _Place:
     exported: Any = None
     exporting: Any = None
     since: deque[TaskVector] = field(default_factory=deque)
+
+
+@dataclass
+class _Feed:
+    """One shard's layers of an arrival: still to send, and sent but not absorbed."""
+
+    place: _Place
+    brought: InitVar[frozenset[str]]
+    names: deque[str] = field(default_factory=deque)
+    sent: dict[Any, str] = field(default_factory=dict)
+
+    def __post_init__(self, brought: frozenset[str]) -> None:
+        self.restart(brought)
+
+    def restart(self, brought: frozenset[str]) -> None:
+        """Everything again, for an actor that has absorbed nothing."""
+        self.names = deque(layer.name for layer in self.place.layers if layer.name in brought)
+        self.sent = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.names or self.sent)
+
+    def send(self, update: TaskVector) -> None:
+        while self.names and len(self.sent) < IN_FLIGHT:
+            name = self.names.popleft()
+            self.sent[self.place.actor.absorb.remote(name, _arrays(update, name))] = name
 
 
 class RayEngine(Engine):
@@ -126,7 +159,7 @@ class RayEngine(Engine):
         if actors < 1:
             raise ConfigError("an engine needs at least one actor", got=actors, wanted=">= 1")
         start_ray()
-        groups = place(self.layers.values(), actors)
+        groups = placement.place(self.layers.values(), actors)
         gpus = _gpus_per_actor(len(groups)) if num_gpus is None else num_gpus
         environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
         self._remote = ray.remote(num_cpus=num_cpus, num_gpus=gpus, max_restarts=0)(ShardActor).options(
@@ -142,17 +175,16 @@ class RayEngine(Engine):
 
     def whereabouts(self) -> list[dict[str, str | int]]:
         """Process id, host and device of every actor."""
-        return [self._call(place, lambda actor: actor.whereabouts.remote()) for place in self._places]
+        return [self._call(place, "whereabouts") for place in self._places]
 
     def prepare(self, wait: bool = False) -> None:
         started = [place.actor.prepare.remote() for place in self._places]
         if wait:
             for place, preparing in zip(self._places, started, strict=True):
-                self._wait(place, preparing, lambda actor: actor.prepare.remote())
+                self._wait(place, preparing, "prepare")
 
     def read_layer(self, name: str) -> Tensor:
-        totals = self.totals
-        return _tensor(self._call(self._place_of[name], lambda actor: actor.read.remote(name, totals)))
+        return _tensor(self._call(self._place_of[name], "read", name, self.totals))
 
     def close(self) -> None:
         if ray.is_initialized():
@@ -167,41 +199,34 @@ class RayEngine(Engine):
         except BaseException:
             self._current = None
             for place in self._places:
-                self._call(place, lambda actor: actor.abandon.remote())
+                self._call(place, "abandon")
             raise
 
     def _absorb_everywhere(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
         """Feeds every shard its layers, the costliest of each first, a few at a time."""
         brought = frozenset(update.names)
         sums: dict[str, LayerSums] = {}
-        waiting: list[tuple[_Place, deque[str], dict[Any, str]]] = []
         for place in self._places:
-            names = [layer.name for layer in place.layers]
-            kept = [name for name in names if name not in brought]
-            sums.update(zip(kept, self._call(place, lambda actor, kept=kept: actor.untouched.remote(kept)), strict=True))
-            waiting.append((place, deque(name for name in names if name in brought), {}))
+            kept = [layer.name for layer in place.layers if layer.name not in brought]
+            sums |= zip(kept, self._call(place, "untouched", kept), strict=True)
+        feeds = [_Feed(place, brought) for place in self._places]
         losses = 0
-        while any(names or sent for _, names, sent in waiting):
-            for place, names, sent in waiting:
-                while names and len(sent) < IN_FLIGHT:
-                    name = names.popleft()
-                    sent[place.actor.absorb.remote(name, _arrays(update, name))] = name
-            done, _ = ray.wait([ref for _, _, sent in waiting for ref in sent], num_returns=1)
-            for place, names, sent in waiting:
-                for ref in [ref for ref in done if ref in sent]:
-                    name = sent.pop(ref)
-                    try:
-                        sums[name] = _result(ref)
-                    except LOST as error:
-                        losses += 1
-                        if losses > REVIVALS:
-                            raise _given_up(place) from error
-                        self._revive(place)
-                        names.clear()
-                        names.extend(layer.name for layer in place.layers if layer.name in brought)
-                        sent.clear()
-                        break
-                    on_layer(name)
+        while any(feed.busy for feed in feeds):
+            for feed in feeds:
+                feed.send(update)
+            done, _ = ray.wait([reference for feed in feeds for reference in feed.sent], num_returns=1)
+            feed = next(feed for feed in feeds if done[0] in feed.sent)
+            name = feed.sent.pop(done[0])
+            try:
+                sums[name] = _result(done[0])
+            except LOST as error:
+                losses += 1
+                if losses > REVIVALS:
+                    raise _given_up(feed.place) from error
+                self._revive(feed.place)
+                feed.restart(brought)
+            else:
+                on_layer(name)
         return sums
 
     def _finish(self) -> None:
@@ -219,7 +244,8 @@ class RayEngine(Engine):
     def _finish_place(self, place: _Place, update: TaskVector) -> None:
         for _ in range(REVIVALS):
             try:
-                return _result(place.actor.finish.remote())
+                _result(place.actor.finish.remote())
+                return
             except LOST:
                 self._revive(place)
                 self._absorb_alone(place, update)
@@ -263,17 +289,17 @@ class RayEngine(Engine):
             if layer.name in brought:
                 _result(place.actor.absorb.remote(layer.name, _arrays(update, layer.name)))
 
-    def _call(self, place: _Place, call: Callable[[Any], Any]) -> Any:
+    def _call(self, place: _Place, method: str, *arguments: Any) -> Any:
         """One call that may be repeated on a new actor."""
-        return self._wait(place, call(place.actor), call)
+        return self._wait(place, getattr(place.actor, method).remote(*arguments), method, *arguments)
 
-    def _wait(self, place: _Place, reference: Any, again: Callable[[Any], Any]) -> Any:
+    def _wait(self, place: _Place, reference: Any, method: str, *arguments: Any) -> Any:
         for _ in range(REVIVALS):
             try:
                 return _result(reference)
             except LOST:
                 self._revive(place)
-                reference = again(place.actor)
+                reference = getattr(place.actor, method).remote(*arguments)
         raise _given_up(place)
 
     def _start(self, layers: list[LayerSpec]) -> Any:
@@ -306,15 +332,24 @@ def start_ray(address: str | None = None, *, num_cpus: int | None = None, wait: 
     # Ray turns 127.0.0.1 into the host's address unless clusters are off; off, every port is on loopback.
     ray_constants.ENABLE_RAY_CLUSTER = where != "local"
     try:
-        ray.init(address=where, namespace="fedmerge", log_to_driver=False, logging_level="warning",
-                 **(local if where == "local" else {}))
+        ray.init(
+            address=where,
+            namespace="fedmerge",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            **(local if where == "local" else {}),
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EngineError("cannot reach Ray", got=str(error).splitlines()[0], where=where,
-                          do="Give the address of a running cluster, or none to start a local one.") from error
+        raise EngineError(
+            "cannot reach Ray",
+            got=str(error).splitlines()[0],
+            where=where,
+            do="Give the address of a running cluster, or none to start a local one.",
+        ) from error
 
 
 def _gpus_per_actor(actors: int) -> float:
-    gpus = float(ray.cluster_resources().get("GPU", 0.0))
+    gpus = float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
     return min(1.0, gpus / actors)
 
 
@@ -338,5 +373,9 @@ def _result(reference: Any) -> Any:
 
 
 def _given_up(place: _Place) -> EngineError:
-    return EngineError("its actor keeps dying", where=f"shard of {len(place.layers)} layers",
-                       got=f"{REVIVALS} losses in one call", do="Look at the memory of the Ray node.")
+    return EngineError(
+        "its actor keeps dying",
+        where=f"shard of {len(place.layers)} layers",
+        got=f"{REVIVALS} losses in one call",
+        do="Look at the memory of the Ray node.",
+    )

@@ -90,7 +90,9 @@ class Shard:
         if self.device.type == "cpu":
             return holder
         moved = {f.name: getattr(holder, f.name) for f in fields(holder)}
-        return type(holder)(**{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return type(holder)(
+            **{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        )
 
 
 def as_update(tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> LayerUpdate:

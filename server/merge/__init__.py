@@ -29,8 +29,9 @@ def make_rule(name: str, options: Mapping[str, object] | None = None) -> Rule:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         option = ".".join(map(str, first["loc"])) or "options"
-        raise ConfigError(f"rule {name!r}, option {option!r}: {first['msg']}",
-                          got=repr(first.get("input")), do=_known(kind)) from error
+        raise ConfigError(
+            f"rule {name!r}, option {option!r}: {first['msg']}", got=repr(first.get("input")), do=_known(kind)
+        ) from error
 
 
 def _known(kind: type[Rule]) -> str:

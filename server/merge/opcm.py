@@ -25,7 +25,7 @@ Legend: M out rows, N in columns, K rank of S, R rank of the update, J and L siz
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -43,6 +43,11 @@ NEGLIGIBLE = 1e-10
 
 FLOAT64_PER_FLOAT32 = 2
 """Bytes of a factored sum's entry over those of a dense sum's."""
+
+
+@dataclass(frozen=True)
+class MatrixSum(RunningSum):
+    """The dense running sum of a matrix layer; of one row too, where a vector layer is never projected."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class FactoredSum:
     def sum_of_squares(self) -> float:
         return float(self.core_JL.square().sum())
 
-    def to_dense(self) -> RunningSum:
-        return RunningSum(self.read(1.0))
+    def to_dense(self) -> MatrixSum:
+        return MatrixSum(self.read(1.0))
 
     def read(self, scale: float) -> Tensor:
         return ((self.left_MJ * scale) @ self.core_JL @ self.right_LN).float()
@@ -111,14 +116,14 @@ class Opcm(Rule):
         """Directions of S and the split; None for a vector layer or before the first update."""
         if isinstance(state, FactoredSum):
             return self._removal(state.core_JL, within_core=True) if state.core_JL.numel() else None
-        return self._removal(state.sum_MN) if state.sum_MN.shape[0] > 1 else None
+        return self._removal(state.sum_MN) if isinstance(state, MatrixSum) else None
 
     def absorb(self, state: OpcmState, prepared: Removal | None, update: LayerUpdate) -> OpcmState:
         if isinstance(state, FactoredSum):
             if isinstance(update, LowRank) and _stays_factored(state, update):
                 return _absorb_factored(state, prepared, update)
             state, prepared = state.to_dense(), _out_of_core(state, prepared)
-        return RunningSum(_without(added(state.sum_MN, update), prepared, update))
+        return replace(state, sum_MN=_without(added(state.sum_MN, update), prepared, update))
 
     def scale(self, totals: Totals) -> float:
         return totals.mean_norm / totals.state_norm if totals.state_norm else 0.0

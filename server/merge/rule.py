@@ -71,7 +71,7 @@ class Totals:
     state_norm: float = 0.0
 
     def after(self, sums: Iterable[LayerSums]) -> Totals:
-        """The scalars after one more merge; exact summation, so any grouping of layers gives the same bits."""
+        """The scalars after one more merge; summed exactly, so the order of layers does not matter."""
         sums = list(sums)
         update_norm = sqrt(fsum(s.update_sq for s in sums))
         return replace(

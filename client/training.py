@@ -1,0 +1,245 @@
+"""One plain training loop, and the scoring that goes with it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, default_collate
+
+from fedmerge.client.tasks import Batch, Task, TrainingConfig
+from fedmerge.common.errors import ConfigError, NonFinite
+from fedmerge.common.layers import matches
+from fedmerge.common.score import Score
+
+OnStep = Callable[[int, int, float], None]
+"""Called after every step with the step (from 1), the number of steps and the step's loss."""
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What one fine-tuning run did.
+
+    Attributes:
+        steps: optimizer steps taken.
+        examples: distinct training examples held, however often each was seen.
+        final_loss: loss of the last batch, before its step.
+        mean_loss: mean of the batch losses over all steps.
+        seconds: wall-clock time of the loop.
+    """
+
+    steps: int
+    examples: int
+    final_loss: float
+    mean_loss: float
+    seconds: float
+
+
+def fine_tune(
+    model: nn.Module,
+    task: Task,
+    config: TrainingConfig,
+    seed: int,
+    on_step: OnStep | None = None,
+    device: str = "auto",
+) -> TrainingReport:
+    """Trains ``model`` on ``task`` in place.
+
+    The same seed, model, task and config give the same weights on one machine's CPU with one number of
+    threads; torch's global generator is left as it was. ``requires_grad`` of every parameter, the
+    training mode and the device of the model are restored afterwards, also when an error is raised; the
+    weights are then those of the last completed step.
+
+    Args:
+        seed: of the order of the examples and of dropout.
+        on_step: progress; see :data:`OnStep`.
+        device: ``auto`` (CUDA if there is one, else CPU) or a torch device.
+
+    Raises:
+        ConfigError: the task has no training examples, a number in ``config`` is out of range, or
+            ``config.frozen`` leaves nothing to train.
+        NonFinite: the loss or the gradients became NaN or infinite.
+    """
+    _check_training(task, config)
+    place = torch.device(_pick(device))
+    with _left_as_found(model), _seeded(seed, place):
+        model.to(place).train()
+        trained = _freeze(model, config)
+        started = time.perf_counter()
+        losses = _train(model, trained, task, config, seed, on_step, place)
+        seconds = time.perf_counter() - started
+    return TrainingReport(
+        len(losses), _length(task.train), losses[-1], math.fsum(losses) / len(losses), seconds
+    )
+
+
+@torch.no_grad()
+def score(model: nn.Module, task: Task, batch_size: int = 64, device: str = "auto") -> Score:
+    """Mean of ``task.metric`` over the task's test examples, in evaluation mode and without gradients.
+
+    The test set is read in its own order, so a set sorted by length pads little. The training mode and
+    the device of the model are restored afterwards.
+
+    Raises:
+        ConfigError: the task has no test examples, or ``batch_size`` is below 1.
+    """
+    examples = _length(task.test)
+    if not examples:
+        raise ConfigError("no test examples", where=f"task {task.name!r}", wanted="at least 1")
+    if batch_size < 1:
+        raise ConfigError("batch_size out of range", got=batch_size, wanted="at least 1")
+    place = torch.device(_pick(device))
+    with _left_as_found(model):
+        model.to(place).eval()
+        total = 0.0
+        for start in range(0, examples, batch_size):
+            batch = _batch(task, task.test, range(start, min(start + batch_size, examples)), place)
+            total += float(task.metric(model, batch).double().sum())
+    return Score(total / examples, examples)
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Share of the peak learning rate in ``(0, 1]`` at ``step`` (from 0): up over a tenth, then down."""
+    warm_up = max(1, math.ceil(steps / 10))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return max(steps - step, 1) / (steps - warm_up + 1)
+
+
+def _train(
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    task: Task,
+    config: TrainingConfig,
+    seed: int,
+    on_step: OnStep | None,
+    place: torch.device,
+) -> list[float]:
+    optimizer = AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = LambdaLR(optimizer, lambda step: rate_factor(step, config.steps))
+    batches = _shuffled_batches(_length(task.train), config.batch_size, seed)
+    losses: list[float] = []
+    for step in range(1, config.steps + 1):
+        loss = task.loss(model, _batch(task, task.train, next(batches), place))
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise _diverged("loss", task, step, config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = clip_grad_norm_(trained, config.max_grad_norm or math.inf)
+        if not torch.isfinite(norm):
+            raise _diverged("gradient", task, step, config)
+        optimizer.step()
+        schedule.step()
+        if on_step is not None:
+            on_step(step, config.steps, losses[-1])
+    return losses
+
+
+def _shuffled_batches(examples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of row numbers; every row is seen once before any is seen again."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, examples)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += torch.randperm(examples, generator=generator).tolist()
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _batch(task: Task, rows: Dataset[Any], indices: Iterable[int], place: torch.device) -> Batch:
+    collate = task.collate or default_collate
+    return _moved(collate([rows[i] for i in indices]), place)
+
+
+def _moved(batch: Batch, place: torch.device) -> Batch:
+    """The batch with every tensor in it on ``place``; other leaves as they are."""
+    if isinstance(batch, Tensor):
+        return batch.to(place)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, place) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        moved = [_moved(value, place) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+def _freeze(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter]:
+    """Switches gradients off for frozen parameters; returns those still trained."""
+    for name, parameter in model.named_parameters():
+        if matches(name, config.frozen):
+            parameter.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError("nothing left to train", got=f"frozen = {config.frozen}", do="Freeze less.")
+    return trained
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Restores gradient switches, training modes and the device; drops gradients made inside."""
+    switches = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    place = switches[0][0].device if switches else torch.device("cpu")
+    try:
+        yield
+    finally:
+        for parameter, wanted in switches:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+        for module, training in modes:
+            module.training = training
+        model.to(place)
+
+
+@contextmanager
+def _seeded(seed: int, place: torch.device) -> Iterator[None]:
+    """torch's global generators seeded inside, and as they were outside."""
+    cuda = [place.index or 0] if place.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        yield
+
+
+def _pick(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _length(rows: Dataset[Any]) -> int:
+    return len(rows)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; Task asks for one
+
+
+def _check_training(task: Task, config: TrainingConfig) -> None:
+    where = f"task {task.name!r}"
+    if not _length(task.train):
+        raise ConfigError("no training examples", where=where, wanted="at least 1")
+    for key in ("steps", "batch_size"):
+        if getattr(config, key) < 1:
+            raise ConfigError(
+                f"{key} out of range", where=where, got=getattr(config, key), wanted="at least 1"
+            )
+    for key in ("learning_rate", "weight_decay", "max_grad_norm"):
+        value = getattr(config, key)
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{key} out of range", where=where, got=value, wanted="a finite number from 0")
+
+
+def _diverged(what: str, task: Task, step: int, config: TrainingConfig) -> NonFinite:
+    return NonFinite(
+        f"the {what} is not finite at step {step} of {config.steps}",
+        where=f"task {task.name!r}",
+        got=f"learning_rate {config.learning_rate:g}",
+        do="Lower the learning rate, or look for empty or broken examples.",
+    )

@@ -1,0 +1,102 @@
+"""Whatever a site submits, opened as a task vector and held against the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fedmerge.common import adapter, vectorfile
+from fedmerge.common.base import Base
+from fedmerge.common.checkpoint import SINGLE, Checkpoint
+from fedmerge.common.errors import BaseMismatch, FileError, MissingLayer, ShapeMismatch, UnknownLayer
+from fedmerge.common.taskvector import Manifest, TaskVector, nearest
+
+
+def open_update(
+    source: Path | str | Mapping[str, Tensor] | Checkpoint,
+    base: Base,
+    *,
+    manifest: Manifest | None = None,
+    frozen: Iterable[str] = (),
+    private: Iterable[str] = (),
+) -> TaskVector:
+    """Opens a task vector file, a PEFT adapter folder, or a fine-tuned checkpoint.
+
+    Reads names, shapes and metadata; each layer is read when it is asked for.
+
+    Args:
+        source: a file of ours, a folder with ``adapter_config.json`` and no ``model.safetensors``, or
+            whatever :func:`~fedmerge.common.checkpoint.open_checkpoint` opens.
+        base: what the update is measured from.
+        manifest: what to say about an adapter or a checkpoint; a task vector file brings its own.
+        frozen: patterns of layers of a checkpoint known to be untouched; they are not sent.
+        private: patterns of layers of an adapter or a checkpoint to leave out, such as a task's own head.
+
+    Raises:
+        FileError: and its kinds, for files that cannot be used.
+        MismatchError: and its kinds, for what does not fit the base.
+        FileError: ``manifest``, ``frozen`` or ``private`` given for a task vector file.
+    """
+    if isinstance(source, Mapping | Checkpoint):
+        return TaskVector.from_checkpoints(base, source, manifest=manifest, frozen=frozen, private=private)
+    path = Path(source)
+    if (path / adapter.CONFIG).is_file() and not (path / SINGLE).is_file():
+        return adapter.open_adapter(path, base, manifest=manifest, private=private)
+    if path.suffix != ".json" and not path.is_dir() and vectorfile.is_task_vector(path):
+        if manifest is not None or tuple(frozen) or tuple(private):
+            raise FileError("a task vector already says what it is", where=path, do="Give the path alone.")
+        vector = vectorfile.load(path)
+        check_vector(vector, base)
+        return vector
+    return TaskVector.from_checkpoints(base, path, manifest=manifest, frozen=frozen, private=private)
+
+
+def check_vector(vector: TaskVector, base: Base) -> None:
+    """Holds a task vector against the base by names and shapes; reads no tensor of a file of ours.
+
+    Its stored and unchanged layers together must be exactly the base's merged layers.
+
+    Raises:
+        BaseMismatch: measured from a base with another fingerprint; an empty one passes.
+        UnknownLayer, MissingLayer, ShapeMismatch: naming the vector and the layer.
+    """
+    if vector.manifest.base not in ("", base.fingerprint):
+        raise BaseMismatch(
+            "measured from another base",
+            where=vector.label,
+            got=vector.manifest.base[:12],
+            wanted=base.fingerprint[:12],
+            do="Fine-tune from this base, or submit to the server of the other.",
+        )
+    for name in (*vector.names, *vector.unchanged):
+        if name not in base.merged_layers:
+            held = base.layers.get(name)
+            what = (
+                "not a layer of the base" if held is None else f"a {held.kind} layer, which is never merged"
+            )
+            raise UnknownLayer(what, where=vector.label, layer=name, wanted=nearest(name, base.merged_layers))
+    _check_cover(vector, base)
+    for name in vector.names:
+        shape = vector.shapes[name] if name in vector.shapes else vector.read(name).shape
+        if tuple(shape) != base.layers[name].shape:
+            raise ShapeMismatch(
+                "another shape than the base's",
+                where=vector.label,
+                layer=name,
+                got=tuple(shape),
+                wanted=base.layers[name].shape,
+            )
+
+
+def _check_cover(vector: TaskVector, base: Base) -> None:
+    told = set(vector.names) | set(vector.unchanged)
+    for name in base.merged_layers:
+        if name not in told:
+            raise MissingLayer(
+                "neither stored nor called unchanged",
+                where=vector.label,
+                layer=name,
+                do="Name layers that were not trained as unchanged.",
+            )
