@@ -60,7 +60,7 @@ class FedmergeError(Exception):
 
 
 def _rebuild(kind: type[FedmergeError], what: str, fields: dict[str, str | None]) -> FedmergeError:
-    return kind(what, **fields)  # type: ignore[arg-type]
+    return kind(what, **fields)
 
 
 class FileError(FedmergeError):

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedmerge.common.errors import MismatchError, VersionMismatch
 from fedmerge.common.score import Score
@@ -133,14 +134,15 @@ def unpack_job(kind: type[Job], content: RecordDict, *, where: str) -> Job:
         MismatchError: the record is missing or has other fields.
     """
     record = content.get(JOB)
-    fields: dict[str, Any] = dict(record) if isinstance(record, ConfigRecord) else {}
+    fields = dict(record) if isinstance(record, ConfigRecord) else {}
     try:
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-    except TypeError as error:
+        return TypeAdapter(kind, config=ConfigDict(extra="forbid")).validate_python(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
         raise MismatchError(
-            f"not a {kind.__name__}",
+            f"not a {kind.__name__}: {first['msg']}",
             where=where,
-            got=sorted(fields),
+            got=f"{'.'.join(map(str, first['loc']))} of {sorted(fields)}",
             wanted=sorted(kind.__dataclass_fields__),
         ) from error
 

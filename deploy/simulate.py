@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -146,9 +147,8 @@ def _run_in_flower(
 
     site = SiteConfig(config.stream, seed=config.seed, rows=config.rows)
     resources = {"num_cpus": 1, "num_gpus": torch.cuda.device_count() / workers}
-    run_simulation(
-        server, make_client_app(site), config.sites, backend_config={"client_resources": resources}
-    )
+    backend: Any = {"client_resources": resources}
+    run_simulation(server, make_client_app(site), config.sites, backend_config=backend)
     return finished[0]
 
 
