@@ -17,8 +17,8 @@ numpy arrays refuse bfloat16. Weights and data never travel.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -37,6 +37,9 @@ JOB, METRICS, VECTOR, ORIGIN = "job", "metrics", "task-vector", "origin"
 MERGED = "merged."
 """Prefix of the records that hold a rule's merged vector."""
 
+EXACT = ConfigDict(extra="forbid")
+"""A job of another version, with fields this one does not know, is refused."""
+
 
 @dataclass(frozen=True)
 class Hello:
@@ -46,6 +49,8 @@ class Hello:
         version: of fedmerge; ``site``: its label; ``base``: fingerprint of its pretrained model;
         tasks: names of the tasks it holds data for.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = EXACT
 
     version: str
     site: str
@@ -65,6 +70,8 @@ class TrainJob:
         part, parts: which share of the task's rows this site holds; ``partition``: how they are dealt.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = EXACT
+
     task: str
     base: str
     round: int = 1
@@ -81,6 +88,8 @@ class EvaluateJob:
 
     ``parts`` and ``part`` hold one number per task.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = EXACT
 
     version: int
     base: str
@@ -134,16 +143,16 @@ def unpack_job(kind: type[Job], content: RecordDict, *, where: str) -> Job:
         MismatchError: the record is missing or has other fields.
     """
     record = content.get(JOB)
-    fields = dict(record) if isinstance(record, ConfigRecord) else {}
+    brought = dict(record) if isinstance(record, ConfigRecord) else {}
     try:
-        return TypeAdapter(kind, config=ConfigDict(extra="forbid")).validate_python(fields)
+        return TypeAdapter(kind).validate_python(brought)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise MismatchError(
             f"not a {kind.__name__}: {first['msg']}",
             where=where,
-            got=f"{'.'.join(map(str, first['loc']))} of {sorted(fields)}",
-            wanted=sorted(kind.__dataclass_fields__),
+            got=f"{'.'.join(map(str, first['loc']))} of {sorted(brought)}",
+            wanted=sorted(field.name for field in fields(kind)),
         ) from error
 
 

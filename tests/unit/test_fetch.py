@@ -1,0 +1,187 @@
+"""Is a data package there completely, with the pinned bytes, or not at all?"""
+
+import hashlib
+import io
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fedmerge.common.errors import FileError, UnsafeFile
+from fedmerge.deploy.streams.fetch import Package, cache_root, fetch, fetch_all
+
+NAME = "fedmerge-no-such-data"
+
+
+def wheel(folder: Path, members: dict[str, str], name: str = NAME) -> Package:
+    """A data wheel in ``folder`` that real pip accepts."""
+    folder.mkdir(exist_ok=True)
+    stem = f"{name.replace('-', '_')}-1.0"
+    path = folder / f"{stem}-py3-none-any.whl"
+    info = {
+        f"{stem}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{stem}.dist-info/RECORD": "",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, words in {**members, **info}.items():
+            archive.writestr(member, words)
+    return Package(name, "1.0", hashlib.sha256(path.read_bytes()).hexdigest(), path.name)
+
+
+def sdist(folder: Path, member: tarfile.TarInfo) -> Package:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{NAME}-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        member.size = 5 if member.isreg() else 0
+        archive.addfile(member, io.BytesIO(b"hello"))
+    return Package(NAME, "1.0", hashlib.sha256(path.read_bytes()).hexdigest(), path.name, sdist=True)
+
+
+@pytest.fixture
+def index(tmp_path):
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pip(tmp_path, index):
+    """A stand-in for pip: copies every file of the index to where ``-d`` says."""
+    script = tmp_path / "pip.py"
+    script.write_text(
+        "import pathlib, shutil, sys\n"
+        "target = sys.argv[sys.argv.index('-d') + 1]\n"
+        f"for path in pathlib.Path({str(index)!r}).iterdir(): shutil.copy(path, target)\n"
+    )
+    return (sys.executable, str(script))
+
+
+def failing_pip(stderr: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", f"import sys; sys.exit({stderr!r})")
+
+
+def left_in(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir())
+
+
+def test_real_pip_fetches_a_pinned_wheel(index, cache, monkeypatch):
+    package = wheel(index, {"data/a.txt": "hello"})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    assert (fetch(package, cache) / "data" / "a.txt").read_text() == "hello"
+    assert left_in(cache) == [package.folder]
+
+
+def test_real_pip_refuses_other_bytes(index, cache, monkeypatch):
+    package = wheel(index, {"data/a.txt": "hello"})
+    other = Package(package.name, package.version, "0" * 64, package.filename)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    with pytest.raises(FileError, match=f"SHA-256 differs .* got {package.sha256}, wanted 0000"):
+        fetch(other, cache)
+    assert left_in(cache) == []
+
+
+def test_real_pip_that_finds_nothing_says_so_in_its_last_line(index, cache, monkeypatch):
+    index.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    with pytest.raises(FileError, match=rf"package {NAME}==1.0: pip could not .* No matching distribution"):
+        fetch(Package(NAME, "1.0", "0" * 64, "x.whl"), cache)
+    assert left_in(cache) == []
+
+
+def test_second_call_does_not_run_pip(index, cache, pip):
+    package = wheel(index, {"a.txt": "hello"})
+    first = fetch(package, cache, pip)
+    assert fetch(package, cache, failing_pip("must not run")) == first
+
+
+def test_archive_laid_into_the_cache_is_used_instead_of_pip(cache):
+    package = wheel(cache, {"a.txt": "hello"})
+    assert (fetch(package, cache, failing_pip("must not run")) / "a.txt").read_text() == "hello"
+
+
+def test_source_archive_is_unpacked(index, cache, pip):
+    package = sdist(index, tarfile.TarInfo("data-1.0/a.txt"))
+    assert (fetch(package, cache, pip) / "data-1.0" / "a.txt").read_text() == "hello"
+    assert left_in(cache) == [package.folder]
+
+
+def test_wrong_hash_is_refused_and_leaves_nothing(index, cache, pip):
+    package = wheel(index, {"a.txt": "hello"})
+    other = Package(package.name, package.version, "f" * 64, package.filename)
+    with pytest.raises(FileError, match=f"SHA-256 differs .* got {package.sha256}, wanted ffff"):
+        fetch(other, cache, pip)
+    assert left_in(cache) == []
+
+
+@pytest.mark.parametrize(
+    "member", ["../evil.txt", "/evil.txt", "a/../../evil.txt", "..\\evil.txt", "C:evil.txt"]
+)
+def test_wheel_member_outside_its_folder_is_refused(index, cache, pip, tmp_path, member):
+    package = wheel(index, {member: "evil"})
+    with pytest.raises(UnsafeFile, match="a member lies outside"):
+        fetch(package, cache, pip)
+    assert left_in(cache) == []
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def link(name: str, target: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = tarfile.SYMTYPE, target
+    return member
+
+
+@pytest.mark.parametrize(
+    "member", [tarfile.TarInfo("../evil.txt"), link("evil", "../../.."), link("evil", "/etc")]
+)
+def test_source_member_outside_its_folder_is_refused(index, cache, pip, tmp_path, member):
+    package = sdist(index, member)
+    with pytest.raises(UnsafeFile, match="cannot be unpacked safely"):
+        fetch(package, cache, pip)
+    assert left_in(cache) == []
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_damaged_archive_is_refused(index, cache, pip):
+    index.mkdir()
+    (index / "x.whl").write_bytes(b"not a wheel")
+    package = Package(NAME, "1.0", hashlib.sha256(b"not a wheel").hexdigest(), "x.whl")
+    with pytest.raises(UnsafeFile, match=r"x.whl: cannot be unpacked safely"):
+        fetch(package, cache, pip)
+    assert left_in(cache) == []
+
+
+def test_failing_pip_is_told_with_its_last_line_and_a_way_out(cache):
+    package = Package(NAME, "1.0", "0" * 64, "x.whl")
+    with pytest.raises(FileError) as caught:
+        fetch(package, cache, failing_pip("first line\nERROR: no network\n"))
+    assert "got ERROR: no network. Check the network" in str(caught.value)
+    assert f"put x.whl into {cache}" in str(caught.value)
+    assert left_in(cache) == []
+
+
+def test_pip_that_brings_another_file_is_refused(cache):
+    with pytest.raises(FileError, match=r"exit status 0, no x.whl"):
+        fetch(Package(NAME, "1.0", "0" * 64, "x.whl"), cache, (sys.executable, "-c", ""))
+
+
+def test_all_are_fetched_in_order(cache):
+    packages = [wheel(cache, {"a.txt": name}, name) for name in ("one", "two")]
+    folders = fetch_all(packages, cache)
+    assert [(folder / "a.txt").read_text() for folder in folders] == ["one", "two"]
+    assert fetch_all(packages, cache) == folders
+
+
+def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDMERGE_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    monkeypatch.delenv("FEDMERGE_CACHE")
+    assert cache_root() == Path.home() / ".cache" / "fedmerge"
