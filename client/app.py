@@ -25,6 +25,7 @@ from fedmerge.client.training import OnStep
 from fedmerge.common import wire
 from fedmerge.common.base import Base
 from fedmerge.common.errors import BaseMismatch, ConfigError
+from fedmerge.common.logs import log_to_stderr
 from fedmerge.common.score import Score
 from fedmerge.common.sources import check_vector
 from fedmerge.common.taskvector import TaskVector
@@ -192,6 +193,7 @@ def _check_base(theirs: str, base: Base) -> None:
 
 
 def _open(config: SiteConfig) -> Site:
+    log_to_stderr()
     torch.set_num_threads(config.threads)
     return open_site(config.stream, StreamOptions(config.seed, config.rows))
 

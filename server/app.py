@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmerge.common.base import Base
 from fedmerge.common.errors import ConfigError
+from fedmerge.common.logs import log_to_stderr
 from fedmerge.common.lookup import find_function
 from fedmerge.common.vectorfile import save
 from fedmerge.server.aggregator import Aggregator
@@ -40,6 +41,8 @@ from fedmerge.server.merge.rule import Rule
 logger = logging.getLogger("fedmerge.server")
 
 RAY_START_SECONDS = 60.0
+POLL_SECONDS = 1.0
+"""Between two looks at a SuperLink; a site answers in seconds at best."""
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -68,8 +71,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """One run with the settings of the run config."""
     given: dict[str, Any] = {key: value for key, value in context.run_config.items() if value != ""}
-    names = _listed(given.pop("rule", "opcm"))
-    rules = [make_rule(name, _options_of(name, given)) for name in names]
+    log_to_stderr()
+    options = {name: _options_of(name, given) for name in RULES}
+    rules = [make_rule(name, options.get(name)) for name in _listed(given.pop("rule", "opcm"))]
     base = open_base(str(given.pop("base", "")), _listed(given.pop("private", "")))
     out = Path(str(given.pop("out", "fedmerge-out")))
     given["tasks"] = tuple(_listed(given.get("tasks", "")))
@@ -100,8 +104,9 @@ def run_federation(
     Raises:
         ConfigError: no usable site. EngineError: Ray cannot be reached, or actors keep dying.
     """
+    simulated = isinstance(grid, InMemoryGrid)
     # In `flwr run`'s own simulation Flower starts Ray, beside this thread.
-    start_ray(engines.ray_address, wait=RAY_START_SECONDS if isinstance(grid, InMemoryGrid) else 0.0)
+    start_ray(engines.ray_address, wait=RAY_START_SECONDS if simulated else 0.0)
 
     def engine(rule: Rule) -> Engine:
         return RayEngine(
@@ -114,7 +119,7 @@ def run_federation(
 
     with ExitStack() as stack:
         aggregators = {rule.name: Aggregator(base, stack.enter_context(engine(rule))) for rule in rules}
-        federation = Federation(grid, base, aggregators, config, history)
+        federation = Federation(grid, base, aggregators, config, history, 0.1 if simulated else POLL_SECONDS)
         federation.run()
         on_finished(federation)
     return federation

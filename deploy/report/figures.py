@@ -246,14 +246,14 @@ def traffic(results: Results) -> Figure:
 
 
 def seconds(results: Results) -> Figure:
-    """Wall-clock time by phase of the run; the total is not drawn, as it is no phase."""
+    """Working time by phase of the run; the total is not drawn, as it is no phase."""
     phases = {name: spent for name, spent in results.seconds.items() if name != "total"}
     figure = _figure(WIDTH * 0.75, 1.1 + 0.36 * max(len(phases), 1))
     ax = figure.add_subplot()
     bars = ax.barh(range(len(phases)), list(phases.values()), 0.6, color=GREY)
     ax.bar_label(bars, [f"{spent:,.1f}" for spent in phases.values()], padding=3)
     ax.set_yticks(range(len(phases)), [short(name, 26) for name in phases])
-    ax.set(xlabel="wall-clock time (s)", ylabel="phase", ylim=(max(len(phases), 1) - 0.4, -0.6))
+    ax.set(xlabel="working time, added up over sites and rules (s)", ylabel="phase", ylim=(max(len(phases), 1) - 0.4, -0.6))
     ax.margins(x=0.1)
     _grid(ax, "x")
     return figure

@@ -238,7 +238,7 @@ def _figures(results: Results) -> dict[str, Drawn]:
             _drawn("forgetting", figures.forgetting(results), "Forgetting of each task, by rule"),
             _drawn("norms", figures.norms(results), "Norms and lambda over merges, by rule"),
             _drawn("traffic", figures.traffic(results), "Bytes up and down, by site"),
-            _drawn("seconds", figures.seconds(results), "Wall-clock seconds, by phase"),
+            _drawn("seconds", figures.seconds(results), "Working seconds, by phase"),
         ]
     return {figure.name: figure for figure in drawn}
 
