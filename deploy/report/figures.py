@@ -253,7 +253,11 @@ def seconds(results: Results) -> Figure:
     bars = ax.barh(range(len(phases)), list(phases.values()), 0.6, color=GREY)
     ax.bar_label(bars, [f"{spent:,.1f}" for spent in phases.values()], padding=3)
     ax.set_yticks(range(len(phases)), [short(name, 26) for name in phases])
-    ax.set(xlabel="working time, added up over sites and rules (s)", ylabel="phase", ylim=(max(len(phases), 1) - 0.4, -0.6))
+    ax.set(
+        xlabel="working time over all sites and rules (s)",
+        ylabel="phase",
+        ylim=(max(len(phases), 1) - 0.4, -0.6),
+    )
     ax.margins(x=0.1)
     _grid(ax, "x")
     return figure

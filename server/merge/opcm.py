@@ -71,10 +71,14 @@ class FactoredSum:
         return float(self.core_JL.square().sum())
 
     def to_dense(self) -> MatrixSum:
-        return MatrixSum(self.read(1.0))
+        return MatrixSum((self.left_MJ @ self.core_JL @ self.right_LN).float())
 
     def read(self, scale: float) -> Tensor:
-        return ((self.left_MJ * scale) @ self.core_JL @ self.right_LN).float()
+        """The one product of the layer's size is float32; the core goes to the shorter side first."""
+        core_JL = self.core_JL * scale
+        if self.left_MJ.shape[0] <= self.right_LN.shape[1]:
+            return (self.left_MJ @ core_JL).float() @ self.right_LN.float()
+        return self.left_MJ.float() @ (core_JL @ self.right_LN).float()
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class Opcm(Rule):
         if isinstance(state, FactoredSum):
             if isinstance(update, LowRank) and _stays_factored(state, update):
                 return _absorb_factored(state, prepared, update)
-            state, prepared = state.to_dense(), _out_of_core(state, prepared)
+            prepared, state = _out_of_core(state, prepared), state.to_dense()
         return replace(state, sum_MN=_without(added(state.sum_MN, update), prepared, update))
 
     def scale(self, totals: Totals) -> float:
@@ -175,7 +179,7 @@ def _removed(projected_KN: Tensor, right_KN: Tensor, split: int) -> Tensor:
     With the sides exchanged, ``V^T D^T`` and ``U^T``, it gives ``(U C)^T``.
     """
     diagonal_K = torch.linalg.vecdot(projected_KN, right_KN)
-    removed_KN = right_KN * diagonal_K[:, None]
+    removed_KN: Tensor = right_KN * diagonal_K[:, None]
     lead = right_KN[:split]
     removed_KN[:split] = (projected_KN[:split] @ lead.T) @ lead
     return removed_KN

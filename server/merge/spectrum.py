@@ -114,4 +114,5 @@ def _lower_gram(wide_MN: Tensor) -> Tensor:
 
 def _eigenvectors(gram: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix, of which the lower triangle is read; strongest first."""
-    return torch.linalg.eigh(gram).eigenvectors.flip(1).contiguous()
+    weakest_first: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return weakest_first.flip(1).contiguous()
