@@ -9,7 +9,8 @@ numbers that cross layers are summed exactly.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -89,7 +90,11 @@ class Engine(ABC):
 
     @abstractmethod
     def prepare(self, wait: bool = False) -> None:
-        """Starts factorising for the next arrival; returns at once unless asked to wait."""
+        """Starts factorising for the next arrival; returns at once unless asked to wait.
+
+        Raises:
+            EngineError: when waiting, a factorisation failed. Otherwise the next merge says so.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -112,10 +117,14 @@ class Engine(ABC):
         self.close()
 
 
-def factorisation_failed(layer: str, error: Exception) -> EngineError:
-    """What to raise when linear algebra gives up on a layer."""
-    return EngineError(
-        f"the factorisation failed: {error}",
-        layer=layer,
-        do="The update was not merged; check its values for extreme ranges.",
-    )
+@contextmanager
+def factorising(layer: str) -> Iterator[None]:
+    """Says which layer it was when linear algebra gives up."""
+    try:
+        yield
+    except LinAlgError as error:
+        raise EngineError(
+            f"the factorisation failed: {error}",
+            layer=layer,
+            do="The update was not merged; check its values for extreme ranges.",
+        ) from error

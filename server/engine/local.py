@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedmerge.common.layers import LayerSpec
-from fedmerge.common.taskvector import LayerUpdate, TaskVector
-from fedmerge.server.engine.engine import Engine, LinAlgError, OnLayer, factorisation_failed
+from fedmerge.common.taskvector import TaskVector
+from fedmerge.server.engine.engine import Engine, OnLayer
 from fedmerge.server.engine.placement import cost
 from fedmerge.server.engine.shard import Shard
 from fedmerge.server.merge.rule import LayerSums, Rule
@@ -43,13 +43,14 @@ class LocalEngine(Engine):
         self._pool = ThreadPoolExecutor(self._workers, "merge", torch.set_num_threads, (threads,))
         self._shard = Shard(rule, self.layers.values(), device)
         self._preparing: dict[str, Future[None]] = {}
+        self._closed = False
 
     @property
     def workers(self) -> int:
         return self._workers
 
     def prepare(self, wait: bool = False) -> None:
-        for name in self._costliest_first(self.layers):
+        for name in self._costliest_first(self.layers.keys() - self._preparing.keys()):
             self._preparing[name] = self._pool.submit(self._shard.prepare, name)
         if wait:
             for future in self._preparing.values():
@@ -60,7 +61,9 @@ class LocalEngine(Engine):
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(self._threads_before)
+        if not self._closed:
+            torch.set_num_threads(self._threads_before)
+        self._closed = True
 
     def _absorb(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
         sums = {name: self._shard.untouched(name) for name in self.layers}
@@ -86,11 +89,7 @@ class LocalEngine(Engine):
         preparing = self._preparing.pop(name, None)
         if preparing is not None and not preparing.cancel():
             preparing.result()
-        layer: LayerUpdate = update.read(name)
-        try:
-            return self._shard.absorb(name, layer)
-        except LinAlgError as error:
-            raise factorisation_failed(name, error) from error
+        return self._shard.absorb(name, update.read(name))
 
     def _finish(self) -> None:
         self._shard.finish()

@@ -15,21 +15,28 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import ray
 import torch
 from ray._private import ray_constants
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from torch import Tensor
 
 from fedmerge.common.errors import ConfigError, EngineError, FedmergeError
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.server.engine import placement
-from fedmerge.server.engine.engine import Engine, LinAlgError, OnLayer, factorisation_failed
+from fedmerge.server.engine.engine import Engine, OnLayer
 from fedmerge.server.engine.shard import Shard, as_update
 from fedmerge.server.merge.rule import LayerSums, Rule, Totals
 
@@ -53,11 +60,8 @@ class ShardActor:
         self._shard = Shard(rule, layers, "cuda" if ray.get_gpu_ids() else "cpu")
 
     def absorb(self, name: str, arrays: Arrays) -> LayerSums:
-        try:
-            tensors = tuple(_tensor(array) for array in arrays)
-            return self._shard.absorb(name, as_update(tensors, self._shard.layers[name].shape))
-        except LinAlgError as error:
-            raise factorisation_failed(name, error) from error
+        tensors = tuple(_tensor(array) for array in arrays)
+        return self._shard.absorb(name, as_update(tensors, self._shard.layers[name].shape))
 
     def untouched(self, names: list[str]) -> list[LayerSums]:
         return [self._shard.untouched(name) for name in names]
@@ -96,10 +100,16 @@ class ShardActor:
 
 @dataclass
 class _Place:
-    """One shard: its layers, its actor, and what it takes to rebuild it."""
+    """One shard: its layers, its actor, and what it takes to rebuild it.
+
+    ``lost`` says that the actor is not to be asked any more, alive or not: the shard is rebuilt before
+    its next use. ``losses`` counts within the current call.
+    """
 
     layers: list[LayerSpec]
     actor: Any
+    lost: bool = False
+    losses: int = 0
     exported: Any = None
     exporting: Any = None
     since: deque[TaskVector] = field(default_factory=deque)
@@ -178,10 +188,11 @@ class RayEngine(Engine):
         return [self._call(place, "whereabouts") for place in self._places]
 
     def prepare(self, wait: bool = False) -> None:
-        started = [place.actor.prepare.remote() for place in self._places]
+        for place in self._places:
+            place.actor.prepare.remote()
         if wait:
-            for place, preparing in zip(self._places, started, strict=True):
-                self._wait(place, preparing, "prepare")
+            for place in self._places:
+                self._call(place, "prepare")
 
     def read_layer(self, name: str) -> Tensor:
         return _tensor(self._call(self._place_of[name], "read", name, self.totals))
@@ -197,9 +208,7 @@ class RayEngine(Engine):
         try:
             return self._absorb_everywhere(update, on_layer)
         except BaseException:
-            self._current = None
-            for place in self._places:
-                self._call(place, "abandon")
+            self._abandon()
             raise
 
     def _absorb_everywhere(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
@@ -210,7 +219,6 @@ class RayEngine(Engine):
             kept = [layer.name for layer in place.layers if layer.name not in brought]
             sums |= zip(kept, self._call(place, "untouched", kept), strict=True)
         feeds = [_Feed(place, brought) for place in self._places]
-        losses = 0
         while any(feed.busy for feed in feeds):
             for feed in feeds:
                 feed.send(update)
@@ -218,38 +226,52 @@ class RayEngine(Engine):
             feed = next(feed for feed in feeds if done[0] in feed.sent)
             name = feed.sent.pop(done[0])
             try:
-                sums[name] = _result(done[0])
+                known, sums[name] = name in sums, _result(done[0])
             except LOST as error:
-                losses += 1
-                if losses > REVIVALS:
-                    raise _given_up(feed.place) from error
-                self._revive(feed.place)
+                self._lose(feed.place, error)
+                self._ensure_alive(feed.place)
                 feed.restart(brought)
             else:
-                on_layer(name)
+                if not known:
+                    on_layer(name)
         return sums
+
+    def _abandon(self) -> None:
+        """Nothing stays pending, also where an actor is dead or silent."""
+        self._current = None
+        for place in self._places:
+            try:
+                _result(place.actor.abandon.remote())
+            except LOST:
+                place.lost = True
 
     def _finish(self) -> None:
         update = self._current
         assert update is not None
-        for place in self._places:
-            self._finish_place(place, update)
+        self._current = None
+        try:
+            for place in self._places:
+                self._finish_place(place, update)
+        except BaseException:
+            for place in self._places:
+                place.lost = True  # some have finished: all go back to where they were
+            raise
         for place in self._places:
             place.since.append(update)
+        for place in self._places:
             self._collect_export(place)
             if place.exporting is None:
                 place.exporting = len(place.since), place.actor.export.remote()
-        self._current = None
 
     def _finish_place(self, place: _Place, update: TaskVector) -> None:
-        for _ in range(REVIVALS):
-            try:
-                _result(place.actor.finish.remote())
-                return
-            except LOST:
-                self._revive(place)
+        absorbed_by = place.actor
+
+        def finish() -> None:
+            if place.actor is not absorbed_by:
                 self._absorb_alone(place, update)
-        raise _given_up(place)
+            _result(place.actor.finish.remote())
+
+        self._insist(place, finish)
 
     def _collect_export(self, place: _Place) -> None:
         """Takes over an export that has arrived; what it contains need not be replayed."""
@@ -262,7 +284,7 @@ class RayEngine(Engine):
         place.exporting = None
         try:
             ray.get(reference)
-        except LOST:
+        except RayError:  # whatever it was, the next export covers these vectors too
             return
         place.exported = reference
         for _ in range(covered):
@@ -274,14 +296,12 @@ class RayEngine(Engine):
         place.exporting = None
         ray.kill(place.actor)
         place.actor = self._start(place.layers)
-        try:
-            if place.exported is not None:
-                _result(place.actor.restore.remote(place.exported))
-            for update in place.since:
-                self._absorb_alone(place, update)
-                _result(place.actor.finish.remote())
-        except LOST as error:
-            raise _given_up(place) from error
+        if place.exported is not None:
+            _result(place.actor.restore.remote(place.exported))
+        for update in place.since:
+            self._absorb_alone(place, update)
+            _result(place.actor.finish.remote())
+        place.lost = False
 
     def _absorb_alone(self, place: _Place, update: TaskVector) -> None:
         brought = frozenset(update.names)
@@ -291,16 +311,30 @@ class RayEngine(Engine):
 
     def _call(self, place: _Place, method: str, *arguments: Any) -> Any:
         """One call that may be repeated on a new actor."""
-        return self._wait(place, getattr(place.actor, method).remote(*arguments), method, *arguments)
+        place.losses = 0
+        return self._insist(place, lambda: _result(getattr(place.actor, method).remote(*arguments)))
 
-    def _wait(self, place: _Place, reference: Any, method: str, *arguments: Any) -> Any:
-        for _ in range(REVIVALS):
+    def _insist(self, place: _Place, attempt: Callable[[], Any]) -> Any:
+        """What an attempt returns that the actor lived through."""
+        while True:
+            self._ensure_alive(place)
             try:
-                return _result(reference)
-            except LOST:
+                return attempt()
+            except LOST as error:
+                self._lose(place, error)
+
+    def _ensure_alive(self, place: _Place) -> None:
+        while place.lost:
+            try:
                 self._revive(place)
-                reference = getattr(place.actor, method).remote(*arguments)
-        raise _given_up(place)
+            except LOST as error:
+                self._lose(place, error)
+
+    def _lose(self, place: _Place, error: Exception) -> None:
+        place.lost = True
+        place.losses += 1
+        if place.losses > REVIVALS:
+            raise _given_up(place) from error
 
     def _start(self, layers: list[LayerSpec]) -> Any:
         return self._remote.remote(self.rule, layers, self.threads)
@@ -376,6 +410,6 @@ def _given_up(place: _Place) -> EngineError:
     return EngineError(
         "its actor keeps dying",
         where=f"shard of {len(place.layers)} layers",
-        got=f"{REVIVALS} losses in one call",
+        got=f"{place.losses} losses in one call",
         do="Look at the memory of the Ray node.",
     )

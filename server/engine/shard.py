@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank
+from fedmerge.server.engine.engine import factorising
 from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals, tensors_of
 
 
@@ -32,8 +33,9 @@ class Shard:
 
     def absorb(self, name: str, update: LayerUpdate) -> LayerSums:
         """Absorbs one layer of an arrival, pending until :meth:`finish`."""
-        update = self._placed(update)
-        state = self.rule.absorb(self._state(name), self._take_prepared(name), update)
+        update = self._placed(_contiguous(update))
+        with factorising(name):
+            state = self.rule.absorb(self._state(name), self._take_prepared(name), update)
         sums = LayerSums(update.sum_of_squares(), state.sum_of_squares())
         self._pending[name] = state, sums.state_sq
         return sums
@@ -56,7 +58,8 @@ class Shard:
     def prepare(self, name: str) -> None:
         """Factorises one layer's state for the next arrival, unless that was done."""
         if name not in self._prepared:
-            self._prepared[name] = self.rule.prepare(self._state(name))
+            with factorising(name):
+                self._prepared[name] = self.rule.prepare(self._state(name))
 
     def read(self, name: str, totals: Totals) -> Tensor:
         """The merged task vector of one layer, in the layer's shape, float32, on the CPU."""
@@ -93,6 +96,11 @@ class Shard:
         return type(holder)(
             **{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in moved.items()}
         )
+
+
+def _contiguous(update: LayerUpdate) -> LayerUpdate:
+    """The update in the memory layout it would travel in; products depend on it in the last bits."""
+    return as_update(tuple(tensor.contiguous() for tensor in update.tensors()), update.shape)
 
 
 def as_update(tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> LayerUpdate:

@@ -1,0 +1,190 @@
+"""Does every request end exactly once, with a reply or a reason, and no node get two messages at a time?"""
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from local_grid import FakeClock, Fault, LocalGrid
+
+from fedmerge.server.mailbox import Mailbox, Request
+
+TIMEOUT = 10.0
+
+
+def echo() -> ClientApp:
+    """Answers with what it was sent."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: object) -> Message:
+        return Message(RecordDict({"echo": message.content["ask"]}), reply_to=message)
+
+    return app
+
+
+def request(node: int, key: str, built: list[str] | None = None, timeout: float = TIMEOUT) -> Request:
+    def content() -> RecordDict:
+        (built if built is not None else []).append(key)
+        return RecordDict({"ask": ConfigRecord({"key": key})})
+
+    return Request(node, "train", key, content, timeout)
+
+
+def mailbox(*faults: Fault, nodes=(11, 12)) -> tuple[Mailbox, LocalGrid, FakeClock]:
+    clock = FakeClock()
+    grid = LocalGrid({node: echo() for node in nodes}, faults, clock=clock)
+    return Mailbox(grid, clock=clock), grid, clock
+
+
+def drained(box: Mailbox) -> list:
+    replies = []
+    while not box.idle:
+        replies += box.step()
+    return replies
+
+
+def test_a_reply_comes_back_with_its_request():
+    box, _, _ = mailbox()
+    box.put(request(11, "a"))
+    assert not box.idle
+    (reply,) = box.step()
+    assert (reply.request.key, reply.content["echo"]["key"], reply.reason) == ("a", "a", "")
+    assert box.idle
+    assert box.step() == []
+
+
+def test_a_node_has_at_most_one_message_under_way():
+    box, grid, clock = mailbox(Fault(11, delay=5.0))
+    for key in "abc":
+        box.put(request(11, key))
+    for sent in (1, 2, 3):
+        assert box.step() == []
+        assert box.step() == []
+        assert len(grid.pushed) == sent
+        clock.now += 5.0
+        (reply,) = box.step()
+        assert reply.request.key == "abc"[sent - 1]
+        assert reply.seconds == 5.0
+
+
+def test_the_next_message_leaves_in_the_step_that_brings_the_reply():
+    box, grid, _ = mailbox()
+    box.put(request(11, "a"))
+    box.put(request(11, "b"))
+    box.step()
+    assert len(grid.pushed) == 2
+
+
+def test_nodes_do_not_wait_for_each_other():
+    box, _, clock = mailbox(Fault(11, delay=5.0))
+    box.put(request(11, "slow"))
+    box.put(request(12, "quick"))
+    assert [reply.request.key for reply in box.step()] == ["quick"]
+    clock.now += 5.0
+    assert [reply.request.key for reply in box.step()] == ["slow"]
+
+
+def test_a_request_put_first_overtakes_those_that_wait():
+    box, _, _ = mailbox()
+    for key in "ab":
+        box.put(request(11, key))
+    box.put(request(11, "urgent"), first=True)
+    assert [reply.request.key for reply in drained(box)] == ["urgent", "a", "b"]
+
+
+def test_content_is_built_when_it_is_sent_and_shown_to_the_listener():
+    clock, built, seen = FakeClock(), [], []
+    grid = LocalGrid({11: echo()}, [Fault(11, delay=5.0)], clock=clock)
+    box = Mailbox(grid, lambda asked, content: seen.append((asked.key, content["ask"]["key"])), clock)
+    for key in "ab":
+        box.put(request(11, key, built))
+    box.step()
+    assert built == ["a"]
+    assert seen == [("a", "a")]
+
+
+def test_a_request_without_an_answer_ends_after_its_time():
+    box, _, clock = mailbox(Fault(11, nth=1, lost=True))
+    box.put(request(11, "a"))
+    box.put(request(11, "b"))
+    assert box.step() == []
+    clock.now += TIMEOUT
+    assert box.step() == []
+    clock.now += 0.5
+    reply, *rest = box.step() + box.step()
+    assert (reply.request.key, reply.content, reply.reason) == ("a", None, "no reply within 10 s")
+    assert reply.seconds == TIMEOUT + 0.5
+    assert [later.request.key for later in rest] == ["b"]
+
+
+def test_a_reply_after_the_time_is_ignored():
+    box, _, clock = mailbox(Fault(11, nth=1, delay=TIMEOUT + 5))
+    box.put(request(11, "a"))
+    box.step()
+    clock.now += TIMEOUT + 1
+    (reply,) = box.step()
+    assert reply.content is None
+    clock.now += 10
+    assert box.step() == []
+    box.put(request(11, "b"))
+    assert [later.content["echo"]["key"] for later in drained(box)] == ["b"]
+
+
+def test_the_time_counts_from_sending_not_from_waiting():
+    box, _, clock = mailbox(Fault(11, delay=TIMEOUT - 1))
+    for key in "ab":
+        box.put(request(11, key))
+    replies = []
+    for _ in range(3):
+        replies += box.step()
+        clock.now += TIMEOUT - 1
+    assert [(reply.request.key, reply.reason) for reply in replies] == [("a", ""), ("b", "")]
+
+
+def test_an_error_is_told_by_its_first_line():
+    box, _, _ = mailbox(Fault(11, error="ValueError: no data\nTraceback ..."))
+    box.put(request(11, "a"))
+    (reply,) = box.step()
+    assert (reply.content, reply.reason) == (None, "error 2: ValueError: no data")
+
+
+def test_a_node_that_leaves_while_it_works_is_known_by_the_message_it_answers():
+    box, grid, _ = mailbox(Fault(12, leaves=True))
+    box.put(request(11, "a"))
+    box.put(request(12, "b"))
+    replies = {reply.request.key: reply for reply in box.step()}
+    assert grid.replies[1].metadata.src_node_id == 1
+    assert replies["a"].reason == ""
+    assert replies["b"].reason == "error 5: Node Unavailable"
+
+
+def test_a_node_gone_before_sending_gets_nothing():
+    box, grid, _ = mailbox()
+    built: list[str] = []
+    box.put(request(99, "a", built))
+    (reply,) = box.step()
+    assert (reply.content, reply.reason) == (None, "the site has left")
+    assert (grid.pushed, built) == ([], [])
+
+
+def test_a_message_that_flower_does_not_take_ends_with_a_reason():
+    box, grid, _ = mailbox()
+    grid.push_messages = lambda messages: []
+    box.put(request(11, "a"))
+    (reply,) = box.step()
+    assert reply.reason == "the message was not accepted"
+
+
+def test_a_second_reply_to_the_same_message_is_ignored():
+    box, grid, _ = mailbox()
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: [reply for reply in pull(ids) for _ in range(2)]
+    box.put(request(11, "a"))
+    assert [reply.request.key for reply in box.step()] == ["a"]
+    assert box.idle
+
+
+@pytest.mark.parametrize("nodes", [(), (11,), (11, 12)])
+def test_it_knows_who_is_connected(nodes):
+    box, _, _ = mailbox(nodes=nodes)
+    assert box.nodes() == set(nodes)
+    assert box.idle

@@ -1,0 +1,186 @@
+"""A shard: pending until finished, forgotten when abandoned, rebuilt from what it exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from engine_contract import LAYERS, NAMES, RULES, vector
+from torch import Tensor
+
+from fedmerge.common.taskvector import LowRank, TaskVector
+from fedmerge.server.engine.shard import Shard, as_update
+from fedmerge.server.merge import make_rule
+from fedmerge.server.merge.rule import LayerSums, Rule, Totals, tensors_of
+
+TOTALS = Totals(merges=2, norm_sum=3.0, update_norm=1.5, state_norm=2.5)
+
+
+@pytest.fixture(params=RULES, ids=lambda p: "-".join([p[0], *(f"{k}={v}" for k, v in p[1].items())]))
+def rule(request: pytest.FixtureRequest) -> Rule:
+    return make_rule(*request.param)
+
+
+@pytest.fixture
+def shard(rule: Rule) -> Shard:
+    return Shard(rule, LAYERS)
+
+
+def absorb(shard: Shard, update: TaskVector) -> dict[str, LayerSums]:
+    return {name: shard.absorb(name, layer) for name, layer in update.items()}
+
+
+def merged(rule: Rule, *updates: TaskVector) -> Shard:
+    shard = Shard(rule, LAYERS)
+    for update in updates:
+        absorb(shard, update)
+        shard.finish()
+    return shard
+
+
+def read(shard: Shard) -> dict[str, Tensor]:
+    return {name: shard.read(name, TOTALS) for name in shard.layers}
+
+
+def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    return list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def copied(
+    exported: Mapping[str, tuple[type, Mapping[str, Tensor]]],
+) -> dict[str, tuple[type, dict[str, Tensor]]]:
+    """As if it had travelled: new memory, contiguous."""
+    return {
+        name: (kind, {field: torch.tensor(tensor.numpy()) for field, tensor in tensors.items()})
+        for name, (kind, tensors) in exported.items()
+    }
+
+
+def test_absorbed_layers_are_pending_until_finished(rule: Rule) -> None:
+    shard = merged(rule, vector(0))
+    before = read(shard)
+    absorb(shard, vector(1))
+    assert same(read(shard), before)
+    shard.finish()
+    assert not same(read(shard), before)
+    assert same(read(shard), read(merged(rule, vector(0), vector(1))))
+
+
+def test_abandoned_layers_leave_nothing(rule: Rule) -> None:
+    shard = merged(rule, vector(0))
+    before = read(shard)
+    absorb(shard, vector(1))
+    shard.abandon()
+    shard.abandon()
+    shard.finish()
+    assert same(read(shard), before)
+    absorb(shard, vector(2))
+    shard.finish()
+    assert same(read(shard), read(merged(rule, vector(0), vector(2))))
+
+
+def test_finishing_twice_counts_once(rule: Rule) -> None:
+    shard = merged(rule, vector(0), vector(1))
+    before = read(shard)
+    shard.finish()
+    assert same(read(shard), before)
+
+
+def test_layer_absorbed_again_before_finishing_counts_once(rule: Rule) -> None:
+    shard = merged(rule, vector(0))
+    first = absorb(shard, vector(1))
+    assert absorb(shard, vector(1)) == first
+    shard.finish()
+    assert same(read(shard), read(merged(rule, vector(0), vector(1))))
+
+
+def test_sums_of_a_layer_left_alone_are_those_of_its_last_change(shard: Shard) -> None:
+    assert shard.untouched(NAMES[1]) == LayerSums(0.0, 0.0)
+    sums = absorb(shard, vector(0))
+    assert shard.untouched(NAMES[1]) == LayerSums(0.0, 0.0)
+    shard.finish()
+    assert {shard.untouched(name).state_sq for name in NAMES} == {s.state_sq for s in sums.values()}
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("prepared", [False, True], ids=["", "prepared"])
+def test_restored_shard_merges_the_next_vector_to_the_same_bits(
+    rule: Rule, rank: int | None, prepared: bool
+) -> None:
+    first, second = vector(0, rank=rank), vector(1, rank=rank, without=NAMES[:2])
+    shard = merged(rule, first, second)
+    again = Shard(rule, LAYERS)
+    again.restore(copied(shard.export()))
+    assert same(read(again), read(shard))
+    for name in NAMES if prepared else ():
+        again.prepare(name)
+    assert absorb(again, vector(2)) == absorb(shard, vector(2))
+    shard.finish()
+    again.finish()
+    assert same(read(again), read(shard))
+    assert [again.untouched(name) for name in NAMES] == [shard.untouched(name) for name in NAMES]
+
+
+def test_restored_shard_knows_the_same_sums(rule: Rule) -> None:
+    shard = merged(rule, vector(0, rank=1), vector(1, rank=1))
+    again = Shard(rule, LAYERS)
+    again.restore(copied(shard.export()))
+    assert [again.untouched(name) for name in NAMES] == [shard.untouched(name) for name in NAMES]
+
+
+def test_layer_of_rank_zero_survives_a_round_trip(rule: Rule) -> None:
+    layer = LAYERS[1]
+    rows, columns = layer.matrix_shape
+    nothing = LowRank(torch.zeros(rows, 1), torch.zeros(1, columns), layer.shape)
+    shard = merged(rule, TaskVector.of({layer.name: nothing}))
+    again = Shard(rule, LAYERS)
+    again.restore(copied(shard.export()))
+    assert not again.read(layer.name, TOTALS).any()
+    assert absorb(again, vector(1)) == absorb(shard, vector(1))
+
+
+def test_restoring_forgets_what_was_pending_and_prepared(rule: Rule) -> None:
+    shard = merged(rule, vector(0))
+    exported = copied(shard.export())
+    absorb(shard, vector(1))
+    shard.finish()
+    for name in NAMES:
+        shard.prepare(name)
+    absorb(shard, vector(2, without=NAMES[3:]))
+    shard.restore(exported)
+    shard.finish()
+    assert same(read(shard), read(merged(rule, vector(0))))
+    absorb(shard, vector(3))
+    shard.finish()
+    assert same(read(shard), read(merged(rule, vector(0), vector(3))))
+
+
+def test_untouched_layers_hold_no_state(shard: Shard) -> None:
+    absorb(shard, vector(0, without=["tall.weight"]))
+    for name in NAMES:
+        shard.prepare(name)
+        shard.read(name, TOTALS)
+    shard.finish()
+    assert "tall.weight" not in shard.states
+    assert "tall.weight" not in shard.export()
+    assert not shard.read("tall.weight", TOTALS).any()
+
+
+def test_exports_are_the_current_states_on_the_cpu(rule: Rule) -> None:
+    shard = merged(rule, vector(0))
+    absorb(shard, vector(1))
+    exported = shard.export()
+    assert set(exported) == set(NAMES)
+    for name, (kind, tensors) in exported.items():
+        assert kind is type(shard.states[name])
+        assert same(tensors, tensors_of(shard.states[name]))
+        assert {t.device.type for t in tensors.values()} == {"cpu"}
+
+
+def test_update_comes_back_from_its_tensors() -> None:
+    for name, layer in [*vector(0).items(), *vector(0, rank=2).items()]:
+        again = as_update(layer.tensors(), layer.shape)
+        assert type(again) is type(layer)
+        assert again.shape == layer.shape, name
+        assert torch.equal(again.to_dense(), layer.to_dense())
