@@ -11,6 +11,9 @@ from fedmerge.common.taskvector import TaskVector
 
 FLOAT32_MAX = 3.4028234663852886e38
 
+MOST_MERGES = 2**20
+"""The sum of so many admitted vectors stays within float32, so finite updates cannot overflow the model."""
+
 MAX_EXAMPLES = 100_000
 """A self-reported count above this weighs no more than this."""
 
@@ -18,12 +21,12 @@ MAX_EXAMPLES = 100_000
 def admit(vector: TaskVector, base: Base, *, task: str, origin_version: int = 0) -> None:
     """Lets a task vector in, or raises.
 
-    Reads every layer once: values must be finite, and so must their norm in float32.
+    Reads every layer once: values must be finite, and so must the float32 sum of many such vectors.
 
     Raises:
         BaseMismatch, VersionMismatch, MismatchError: made from another base or origin, or for another task.
         MissingLayer, UnknownLayer, ShapeMismatch, DtypeMismatch: against the base's layers.
-        NonFinite: NaN, infinities, or a norm that overflows float32.
+        NonFinite: NaN, infinities, or a norm so large that sums of such vectors overflow float32.
     """
     manifest, where = vector.manifest, vector.label
     if manifest.base != base.fingerprint:
@@ -44,8 +47,13 @@ def admit(vector: TaskVector, base: Base, *, task: str, origin_version: int = 0)
         )
     check_vector(vector, base)
     norm = vector.norm()
-    if not norm <= FLOAT32_MAX:
-        raise NonFinite("the vector's norm overflows float32", where=where, got=f"{norm:.1e}")
+    if not norm <= FLOAT32_MAX / MOST_MERGES:
+        raise NonFinite(
+            "the vector's norm overflows float32 when vectors are summed",
+            where=where,
+            got=f"{norm:.1e}",
+            wanted=f"at most {FLOAT32_MAX / MOST_MERGES:.1e}",
+        )
 
 
 def weight(examples: object, *, where: str, cap: int = MAX_EXAMPLES) -> int:
@@ -55,7 +63,7 @@ def weight(examples: object, *, where: str, cap: int = MAX_EXAMPLES) -> int:
         BadWeight: not a whole number of at least 1.
     """
     number = examples if isinstance(examples, int | float) and not isinstance(examples, bool) else math.nan
-    if not math.isfinite(number) or number != int(number) or number < 1:
+    if not 1 <= number < math.inf or number != int(number):
         raise BadWeight(
             "the example count is not a whole number of at least 1", where=where, got=repr(examples)
         )

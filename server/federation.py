@@ -7,9 +7,10 @@ the order of merging is fixed however fast sites are. Nobody waits for a slow si
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -83,6 +84,7 @@ class TaskRun:
     waiting: set[int] = field(default_factory=set)
     arrived: dict[int, tuple[TaskVector, int]] = field(default_factory=dict)
     moved: TaskVector | None = None
+    taught: set[int] = field(default_factory=set)
     learned_by: list[str] = field(default_factory=list)
     closed: bool = False
 
@@ -172,8 +174,8 @@ class Federation:
                     self._receive(reply, key)
                 case _Evaluate() as key:
                     self._take_scores(reply, key.version)
+        self._greet_newcomers()
         if not replies:
-            self._greet_newcomers()
             time.sleep(self._poll_seconds)
 
     # --- sites ---
@@ -198,14 +200,12 @@ class Federation:
         return not self._mailbox.idle
 
     def _greet_newcomers(self) -> None:
+        content = RecordDict({wire.JOB: ConfigRecord({"version": __version__})})
+        # A node that never says hello must not hold up a run whose tasks are done.
+        timeout = min(self.config.wait_seconds, self.config.timeout_seconds)
         for node in sorted(self._mailbox.nodes() - self._greeted):
             self._greeted.add(node)
-            self._send(
-                node,
-                wire.HELLO,
-                _Hello(),
-                lambda: RecordDict({wire.JOB: ConfigRecord({"version": __version__})}),
-            )
+            self._mailbox.put(Request(node, wire.HELLO, _Hello(), lambda: content, timeout))
 
     def _welcome(self, reply: Reply) -> None:
         node = reply.request.node
@@ -237,7 +237,7 @@ class Federation:
 
     def _assign(self) -> None:
         """Gives each task to sites that hold it, taking turns."""
-        sites = sorted(self.sites.values(), key=lambda site: site.label)
+        sites = sorted(self.sites.values(), key=lambda site: (site.label, site.node))
         tasks = self.config.tasks or tuple(dict.fromkeys(task for site in sites for task in site.tasks))
         share = self.config.sites_per_task
         for turn, task in enumerate(tasks):
@@ -298,7 +298,9 @@ class Federation:
         admit(vector, self.base, task=run.task)
         metrics: Mapping[str, object] = content.metric_records.get(wire.METRICS, {})
         examples = weight(metrics.get("num-examples"), where=where, cap=self.config.max_examples)
-        run.arrived[node] = vector, examples
+        # What is recorded and merged is what was admitted, not what the site claims in its file.
+        manifest = replace(vector.manifest, site=label, examples=examples)
+        run.arrived[node] = replace(vector, manifest=manifest), examples
         if run.round == self.config.rounds:
             found = wire.unpack_scores(content, ["fine-tuned"], [run.task]).values()
             self.fine_tuned.setdefault(run.task, []).extend(found)
@@ -321,7 +323,8 @@ class Federation:
             ordered = [run.arrived[site.node] for site in run.sites if site.node in run.arrived]
             step = combine([vector for vector, _ in ordered], [examples for _, examples in ordered])
             run.moved = step if run.moved is None else add_vectors(run.moved, step)
-            run.learned_by = [site.label for site in run.sites if site.node in run.arrived]
+            run.taught |= set(run.arrived)
+            run.learned_by = [site.label for site in run.sites if site.node in run.taught]
             if run.round < self.config.rounds:
                 run.round += 1
                 self._start_round(index)
@@ -405,7 +408,8 @@ class Federation:
         if reply.content is None:
             self._fail(label, "", "evaluate", reply.reason)
             return
-        found = wire.unpack_scores(reply.content, rules, [run.task for run in self.runs])
+        held = [run.task for run in self.runs if any(site.node == reply.request.node for site in run.sites)]
+        found = wire.unpack_scores(reply.content, rules, held)
         for (rule, task), score in found.items():
             self.scores.setdefault((rule, version, task), []).append(score)
         metrics: Mapping[str, object] = reply.content.metric_records.get(wire.METRICS, {})
@@ -439,4 +443,4 @@ def _train_content(job: TrainJob, origin: ArrayRecord | None) -> RecordDict:
 
 
 def _number(value: object) -> float | None:
-    return round(float(value), 4) if isinstance(value, int | float) else None
+    return round(float(value), 4) if isinstance(value, int | float) and abs(value) < math.inf else None

@@ -106,7 +106,10 @@ class Mailbox:
         replies = []
         for message in self._grid.pull_messages(list(self._under_way)):
             # An unreachable node's error does not carry the node's id, so go by the message it answers.
-            request, sent_at = self._under_way.pop(message.metadata.reply_to_message_id)
+            answered = self._under_way.pop(message.metadata.reply_to_message_id, None)
+            if answered is None:
+                continue  # a second reply to the same message
+            request, sent_at = answered
             seconds = self._clock() - sent_at
             if message.has_error():
                 replies.append(Reply(request, None, _reason(message), seconds))

@@ -17,19 +17,21 @@ rules' papers measure task vectors from. ``result.arrays`` is the global model.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from tokenize import TokenError
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedmerge.common import wire
 from fedmerge.common.base import Base
 from fedmerge.common.checkpoint import Checkpoint
-from fedmerge.common.errors import ConfigError, FedmergeError
+from fedmerge.common.errors import BadWeight, ConfigError, FedmergeError, FileError
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.server.admission import MAX_EXAMPLES, admit, weight
@@ -44,6 +46,9 @@ from fedmerge.server.merge.rule import Rule
 logger = logging.getLogger("fedmerge.server")
 
 TASK_KEY = "task"
+
+UNREADABLE = (TypeError, ValueError, RuntimeError, OSError, EOFError, SyntaxError, MemoryError, TokenError)
+"""What NumPy and torch raise over bytes that are not an array of numbers."""
 
 
 class ContinualMerging(Strategy):
@@ -76,6 +81,7 @@ class ContinualMerging(Strategy):
         self._min_nodes, self._wait_seconds, self._max_examples = min_nodes, wait_seconds, max_examples
         self._engine = engine
         self._origin: ArrayRecord | None = None
+        self._deadline = 0.0
         self.aggregator: Aggregator | None = None
         self.history = History()
 
@@ -141,21 +147,24 @@ class ContinualMerging(Strategy):
         return [Message(content, node, MessageType.EVALUATE) for node in self._nodes(grid)]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Means of the clients' metrics, weighted by ``num-examples``; failed replies are left out."""
+        """Means of the clients' metrics, weighted by ``num-examples``.
+
+        Left out: failed replies, those with a bad count, and values that are not finite.
+        """
         totals: dict[str, float] = {}
-        weights: dict[str, float] = {}
+        weights: dict[str, int] = {}
         for reply in (reply for reply in replies if not reply.has_error()):
             metrics = next(iter(reply.content.metric_records.values()), MetricRecord())
-            share = float(cast(float, metrics.get("num-examples", 1)))
+            try:
+                share = weight(metrics.get("num-examples", 1), where=_site(reply), cap=self._max_examples)
+            except BadWeight as error:
+                logger.warning("round %d: %s", server_round, error)
+                continue
             for key, value in metrics.items():
-                if key != "num-examples" and isinstance(value, int | float):
+                if key != "num-examples" and isinstance(value, int | float) and abs(value) < math.inf:
                     totals[key] = totals.get(key, 0.0) + share * value
-                    weights[key] = weights.get(key, 0.0) + share
-        return (
-            MetricRecord({key: totals[key] / weights[key] for key in totals if weights[key]})
-            if totals
-            else None
-        )
+                    weights[key] = weights.get(key, 0) + share
+        return MetricRecord({key: totals[key] / weights[key] for key in totals}) if totals else None
 
     def global_model(self) -> ArrayRecord:
         """Base plus merged vector, in the base's names and dtypes."""
@@ -171,16 +180,16 @@ class ContinualMerging(Strategy):
         return self.aggregator
 
     def _register(self, arrays: ArrayRecord) -> None:
-        tensors = {name: torch.as_tensor(array.numpy()) for name, array in arrays.items()}
+        tensors = _tensors(arrays, "initial arrays")
         base = Base.from_checkpoint(Checkpoint.of(tensors, "initial arrays"), self._kinds, self._private)
         self._origin = arrays
         self.aggregator = Aggregator(base, self._engine(self.rule, base.layers.values()))
+        self._deadline = time.monotonic() + self._wait_seconds
 
     def _nodes(self, grid: Grid) -> list[int]:
-        deadline = time.monotonic() + self._wait_seconds
         nodes = sorted(grid.get_node_ids())
-        while len(nodes) < self._min_nodes and time.monotonic() < deadline:
-            time.sleep(1.0)
+        while len(nodes) < self._min_nodes and (left := self._deadline - time.monotonic()) > 0:
+            time.sleep(min(1.0, left))
             nodes = sorted(grid.get_node_ids())
         return nodes
 
@@ -206,7 +215,7 @@ class ContinualMerging(Strategy):
         if sent is not None and all(array.stype == wire.STYPE for array in sent.values()):
             return wire.unpack_vector(content, wire.VECTOR, where=where)
         if sent is not None:
-            tensors = {name: torch.as_tensor(array.numpy()) for name, array in sent.items()}
+            tensors = _tensors(sent, where)
             unchanged = [name for name in base.merged_layers if name not in tensors]
             return TaskVector.of(tensors, unchanged, manifest, where)
         trained = content.array_records.get("arrays")
@@ -217,10 +226,8 @@ class ContinualMerging(Strategy):
                 got=sorted(content),
                 wanted=f"an array record named 'arrays' or {wire.VECTOR!r}",
             )
-        tensors = {name: torch.as_tensor(array.numpy()) for name, array in trained.items()}
-        return TaskVector.from_checkpoints(
-            base, Checkpoint.of(tensors, where), manifest=manifest, private=self._private
-        )
+        tuned = Checkpoint.of(_tensors(trained, where), where)
+        return TaskVector.from_checkpoints(base, tuned, manifest=manifest, private=self._private)
 
     def _merge(self, task: str, arrived: Sequence[tuple[TaskVector, int]], server_round: int) -> None:
         vector = combine([vector for vector, _ in arrived], [examples for _, examples in arrived])
@@ -237,6 +244,27 @@ class ContinualMerging(Strategy):
             update_norm=version.update_norm,
             merged_norm=version.merged_norm,
         )
+
+
+def _tensors(record: ArrayRecord, where: str) -> dict[str, Tensor]:
+    """Flower's arrays as tensors.
+
+    Raises:
+        FileError: bytes that NumPy does not read as an array of numbers.
+    """
+    tensors = {}
+    for name, array in record.items():
+        try:
+            tensors[name] = torch.from_numpy(array.numpy())
+        except UNREADABLE as error:
+            raise FileError(
+                "an array that cannot be read",
+                where=where,
+                layer=name,
+                got=type(error).__name__,
+                wanted="a NumPy array of numbers",
+            ) from error
+    return tensors
 
 
 def _site(reply: Message) -> str:
