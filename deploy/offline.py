@@ -147,6 +147,8 @@ def diff_files(
     Raises:
         ConfigError: both ``rank`` and ``energy``. FedmergeError: nothing is written.
     """
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError("the energy to keep is out of range", got=energy, wanted="above 0, at most 1")
     if rank is not None and energy is not None:
         raise ConfigError("choose one way to truncate", got="--rank and --energy", wanted="one of them")
     base = Base.from_checkpoint(base_path, private=private)

@@ -105,12 +105,14 @@ def simulate(config: SimulationConfig, rules: Sequence[Rule], out: Path, progres
     set_up = time.perf_counter() - clock
     trainings = len(tasks) * config.sites_per_task * config.rounds
     scorings = (len(tasks) + 1) * min(config.sites, len(tasks) * config.sites_per_task)
-    with progress.run(tasks, trainings, scorings):
-        federation = _run_in_flower(config, base, rules, layout, history, out)
+    try:
+        with progress.run(tasks, trainings, scorings):
+            federation = _run_in_flower(config, base, rules, layout, history, out)
+    finally:
+        history.save(out / "history.jsonl")
     total = time.perf_counter() - clock
     results = _results(config, stream, rules, federation, started, {"set-up": set_up, "total": total})
     save(results, out)
-    history.save(out / "history.jsonl")
     return results
 
 

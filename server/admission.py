@@ -47,6 +47,8 @@ def admit(vector: TaskVector, base: Base, *, task: str, origin_version: int = 0)
         )
     check_vector(vector, base)
     norm = vector.norm()
+    if not math.isfinite(norm):
+        raise NonFinite("values that are not finite", where=where, wanted="none")
     if not norm <= FLOAT32_MAX / MOST_MERGES:
         raise NonFinite(
             "the vector's norm overflows float32 when vectors are summed",

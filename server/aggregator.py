@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedmerge.common.base import Base
 from fedmerge.common.taskvector import Manifest, TaskVector
@@ -73,8 +73,7 @@ class Aggregator:
         manifest = Manifest(
             base=self.base.fingerprint, origin_version=self.engine.totals.merges, task="merged", site="server"
         )
-        merged = self.engine.merged()
-        return TaskVector(merged.names, merged.read, merged.unchanged, manifest, merged.label)
+        return replace(self.engine.merged(), manifest=manifest)
 
     def prepare(self) -> None:
         """Lets the engine factorise for the next arrival in the background."""

@@ -80,10 +80,12 @@ def main(grid: Grid, context: Context) -> None:
     engines, federation = _split(given, EngineConfig, FederationConfig)
     out.mkdir(parents=True, exist_ok=True)
     history = History(_log)
-    finished = run_federation(
-        grid, base, rules, federation, engines, history, lambda run: save_merged(run, out)
-    )
-    history.save(out / "history.jsonl")
+    try:
+        finished = run_federation(
+            grid, base, rules, federation, engines, history, lambda run: save_merged(run, out)
+        )
+    finally:
+        history.save(out / "history.jsonl")
     logger.info("%d tasks merged; history and merged vectors are in %s", len(finished.merged), out)
 
 

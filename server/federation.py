@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
@@ -153,7 +153,7 @@ class Federation:
         self._wait_for_sites()
         self._assign()
         if self.config.evaluate:
-            self._publish(0, {})
+            self._publish(0, {}, self.sites.values())
         for index in range(len(self.runs)):
             self._start_round(index)
         while not self._mailbox.idle:
@@ -252,13 +252,16 @@ class Federation:
             raise ConfigError("no connected site holds any of the tasks", got=list(tasks))
 
     def _add_runs_of(self, newcomer: Site) -> None:
-        """A site that joins late brings the tasks nobody else has, after the others."""
-        if self.config.tasks:
-            return
+        """A site that joins late brings the wanted tasks that nobody else has, after the others."""
         known = {run.task for run in self.runs}
-        for task in (task for task in newcomer.tasks if task not in known):
-            self.runs.append(TaskRun(task, [newcomer]))
-            self._start_round(len(self.runs) - 1)
+        wanted = self.config.tasks or newcomer.tasks
+        brought = [task for task in newcomer.tasks if task in wanted and task not in known]
+        first = len(self.runs)
+        self.runs += [TaskRun(task, [newcomer]) for task in brought]
+        if brought and self.config.evaluate:
+            self._publish(0, {}, [newcomer])
+        for index in range(first, len(self.runs)):
+            self._start_round(index)
 
     def _start_round(self, index: int) -> None:
         run = self.runs[index]
@@ -322,7 +325,7 @@ class Federation:
         if run.arrived:
             ordered = [run.arrived[site.node] for site in run.sites if site.node in run.arrived]
             step = combine([vector for vector, _ in ordered], [examples for _, examples in ordered])
-            run.moved = step if run.moved is None else add_vectors(run.moved, step)
+            run.moved = step if run.moved is None else add_vectors(run.moved, step).in_memory()
             run.taught |= set(run.arrived)
             run.learned_by = [site.label for site in run.sites if site.node in run.taught]
             if run.round < self.config.rounds:
@@ -369,12 +372,12 @@ class Federation:
             )
         self.history.record("published", task=run.task, version=number)
         if self.config.evaluate:
-            self._publish(number, published)
+            self._publish(number, published, self.sites.values())
 
-    def _publish(self, number: int, merged: dict[str, ArrayRecord]) -> None:
-        """Sends a version to every site that holds test data of some task."""
+    def _publish(self, number: int, merged: dict[str, ArrayRecord], sites: Iterable[Site]) -> None:
+        """Sends a version to those sites that hold test data of some task."""
         self._published[number] = merged
-        for site in self.sites.values():
+        for site in sites:
             held = [
                 (run.task, run.part_of(site.node), len(run.sites)) for run in self.runs if site in run.sites
             ]

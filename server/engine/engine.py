@@ -14,16 +14,13 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from fedmerge.common.errors import EngineError, UnknownLayer
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import Dense, TaskVector
 from fedmerge.server.merge.rule import LayerSums, Rule, Totals
-
-LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-"""What torch raises when a factorisation does not converge."""
+from fedmerge.server.merge.spectrum import LinAlgError
 
 OnLayer = Callable[[str], None]
 """Called with a layer's name when it is done; for progress bars."""
@@ -82,7 +79,10 @@ class Engine(ABC):
         """
         names = tuple(name for name in self.layers if name in self.touched)
         unchanged = tuple(name for name in self.layers if name not in self.touched)
-        return TaskVector(names, lambda name: Dense(self.read_layer(name)), unchanged, label=self.rule.name)
+        shapes = {name: self.layers[name].shape for name in names}
+        return TaskVector(
+            names, lambda name: Dense(self.read_layer(name)), unchanged, label=self.rule.name, shapes=shapes
+        )
 
     @abstractmethod
     def read_layer(self, name: str) -> Tensor:

@@ -38,11 +38,8 @@ from fedmerge.server.merge.rule import Rule, Totals
 from fedmerge.server.merge.spectrum import Spectrum, spectrum_of, split_of
 from fedmerge.server.merge.sums import RunningSum, added
 
-NEGLIGIBLE = 1e-10
-"""Share of a factor's size below which its part outside the known directions is rounding."""
-
-FLOAT64_PER_FLOAT32 = 2
-"""Bytes of a factored sum's entry over those of a dense sum's."""
+NEGLIGIBLE = 1e-6
+"""Share of a factor's norm below which a direction outside the known ones is float32 rounding."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +49,10 @@ class MatrixSum(RunningSum):
 
 @dataclass(frozen=True)
 class FactoredSum:
-    """S = left_MJ @ core_JL @ right_LN, float64, orthonormal left columns and right rows.
+    """S = left_MJ @ core_JL @ right_LN: orthonormal columns and rows in float32, the core in float64.
 
-    The state of a layer that has seen low-rank updates only, while its three tensors take no more bytes
-    than the dense sum would; so memory never exceeds a dense layer's.
+    The state of a layer that has seen low-rank updates only, while its tensors take no more bytes than
+    the dense sum would; so memory never exceeds a dense layer's.
     """
 
     left_MJ: Tensor
@@ -64,21 +61,20 @@ class FactoredSum:
 
     @classmethod
     def zero(cls, rows: int, columns: int) -> FactoredSum:
-        none = torch.zeros(0, 0, dtype=torch.float64)
-        return cls(none.new_zeros(rows, 0), none, none.new_zeros(0, columns))
+        return cls(torch.zeros(rows, 0), torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, columns))
 
     def sum_of_squares(self) -> float:
         return float(self.core_JL.square().sum())
 
     def to_dense(self) -> MatrixSum:
-        return MatrixSum((self.left_MJ @ self.core_JL @ self.right_LN).float())
+        return MatrixSum(self.read(1.0))
 
     def read(self, scale: float) -> Tensor:
-        """The one product of the layer's size is float32; the core goes to the shorter side first."""
-        core_JL = self.core_JL * scale
+        """The core goes to the shorter side first."""
+        core_JL = (self.core_JL * scale).float()
         if self.left_MJ.shape[0] <= self.right_LN.shape[1]:
-            return (self.left_MJ @ core_JL).float() @ self.right_LN.float()
-        return self.left_MJ.float() @ (core_JL @ self.right_LN).float()
+            return (self.left_MJ @ core_JL) @ self.right_LN
+        return self.left_MJ @ (core_JL @ self.right_LN)
 
 
 @dataclass(frozen=True)
@@ -188,15 +184,14 @@ def _removed(projected_KN: Tensor, right_KN: Tensor, split: int) -> Tensor:
 def _stays_factored(state: FactoredSum, update: LowRank) -> bool:
     rows, columns = state.left_MJ.shape[0], state.right_LN.shape[1]
     size = max(state.core_JL.shape) + update.rank
-    return FLOAT64_PER_FLOAT32 * size * (rows + size + columns) <= rows * columns
+    return size * (rows + 2 * size + columns) <= rows * columns
 
 
 def _absorb_factored(state: FactoredSum, removal: Removal | None, update: LowRank) -> FactoredSum:
     """OPCM in the core's coordinates: O((M + N)(K + R)^2), never M x N."""
-    update_left_MR, update_right_RN = update.left_MR.double(), update.right_RN.double()
-    left_MJ = _extended(state.left_MJ, update_left_MR)
-    right_LN = _extended(state.right_LN.T, update_right_RN.T).T.contiguous()
-    core_JL = (left_MJ.T @ update_left_MR) @ (update_right_RN @ right_LN.T)
+    left_MJ = _extended(state.left_MJ, update.left_MR)
+    right_LN = _extended(state.right_LN.T, update.right_RN.T).T.contiguous()
+    core_JL = (left_MJ.T @ update.left_MR).double() @ (update.right_RN @ right_LN.T).double()
     known = tuple(slice(size) for size in state.core_JL.shape)
     if removal is not None and removal.basis.rank:
         left, right = removal.basis.left_MK, removal.basis.right_KN
@@ -212,10 +207,11 @@ def _extended(known_MK: Tensor, added_MR: Tensor) -> Tensor:
     adding a vector whose span is known adds nothing.
     """
     outside = added_MR - known_MK @ (known_MK.T @ added_MR)
-    left, values, _ = torch.linalg.svd(outside, full_matrices=False)
-    new = left[:, values > NEGLIGIBLE * torch.linalg.vector_norm(added_MR)]
-    new = new - known_MK @ (known_MK.T @ new)
-    return torch.cat([known_MK, torch.linalg.qr(new).Q], dim=1)
+    outside = outside - known_MK @ (known_MK.T @ outside)
+    columns, upper = torch.linalg.qr(outside)
+    turn, values, _ = torch.linalg.svd(upper.double())
+    found = values > NEGLIGIBLE * torch.linalg.vector_norm(added_MR)
+    return torch.cat([known_MK, columns @ turn[:, found].float()], dim=1)
 
 
 def _out_of_core(state: FactoredSum, removal: Removal | None) -> Removal | None:
@@ -223,5 +219,5 @@ def _out_of_core(state: FactoredSum, removal: Removal | None) -> Removal | None:
     if removal is None:
         return None
     basis = removal.basis
-    whole = Spectrum(state.left_MJ @ basis.left_MK, basis.values_K, basis.right_KN @ state.right_LN)
-    return Removal(whole.rounded(), removal.split)
+    left, right = basis.left_MK.float(), basis.right_KN.float()
+    return Removal(Spectrum(state.left_MJ @ left, basis.values_K, right @ state.right_LN), removal.split)

@@ -10,11 +10,17 @@ Legend: M out rows, N in columns, K numerical rank.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from math import sqrt
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("fedmerge.server")
+
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+"""What torch raises when a factorisation does not converge."""
 
 WEAK = 1e-3
 """Below this share of the largest singular value, directions are refined in their own span."""
@@ -113,6 +119,14 @@ def _lower_gram(wide_MN: Tensor) -> Tensor:
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric matrix, of which the lower triangle is read; strongest first."""
-    weakest_first: Tensor = torch.linalg.eigh(gram).eigenvectors
+    """Eigenvectors of a symmetric matrix, of which the lower triangle is read; strongest first.
+
+    Where the eigenvalue solver does not converge, the slower SVD of the same matrix takes its place.
+    """
+    try:
+        weakest_first: Tensor = torch.linalg.eigh(gram).eigenvectors
+    except LinAlgError as error:
+        logger.warning("%s; falling back to an SVD", error)
+        strongest_first: Tensor = torch.linalg.svd(gram.tril() + gram.tril(-1).T).U
+        return strongest_first
     return weakest_first.flip(1).contiguous()

@@ -320,3 +320,17 @@ def test_low_rank_update_of_a_convolution_keeps_its_shape() -> None:
     assert isinstance(vector["weight"], LowRank)
     merged = Fold(Opcm(), [conv]).merge(vector, factored(SEED + 1, 1, [conv])).read()["weight"]
     assert merged.shape == (12, 3, 3, 3)
+
+
+def test_an_eigensolver_that_gives_up_is_replaced_by_an_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(12, 20, generator=torch.Generator().manual_seed(3))
+    wanted = spectrum_of(matrix)
+
+    def gives_up(*_: object) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    found = spectrum_of(matrix)
+    torch.testing.assert_close(found.values_K, wanted.values_K)
+    rebuilt = found.left_MK * found.values_K @ found.right_KN
+    torch.testing.assert_close(rebuilt, matrix.double(), atol=1e-10, rtol=0)
