@@ -20,7 +20,8 @@ Departures from the published code:
 - Convolutions are matrices (out, in * kernel); the published code projects linear layers alone.
 - A share that equals alpha within 1e-9 counts as reached (``split_of``).
 
-Legend: M out rows, N in columns, K rank of S, R rank of the update, J and L sizes of a core.
+Legend: M out rows, N in columns, K rank of S, R rank of the update, J and L sizes of a core,
+F directions found new.
 """
 
 from __future__ import annotations
@@ -38,8 +39,14 @@ from fedmerge.server.merge.rule import Rule, Totals
 from fedmerge.server.merge.spectrum import Spectrum, spectrum_of, split_of
 from fedmerge.server.merge.sums import RunningSum, added
 
-NEGLIGIBLE = 1e-6
-"""Share of a factor's norm below which a direction outside the known ones is float32 rounding."""
+NEGLIGIBLE = 1e-10
+"""Share of a factor's norm below which a direction outside the known ones is rounding."""
+
+CANCELLATION = 0.5
+"""Where less than this share of a factor is left outside the known directions, it is orthogonalised twice."""
+
+FLOAT64_PER_FLOAT32 = 2
+"""Bytes of a factored sum's entry over those of a dense sum's."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,20 @@ class MatrixSum(RunningSum):
 
 @dataclass(frozen=True)
 class FactoredSum:
-    """S = left_MJ @ core_JL @ right_LN: orthonormal columns and rows in float32, the core in float64.
+    """S = left_JM^T @ core_JL @ right_LN, float64, the rows of both sides orthonormal.
 
     The state of a layer that has seen low-rank updates only, while its tensors take no more bytes than
     the dense sum would; so memory never exceeds a dense layer's.
     """
 
-    left_MJ: Tensor
+    left_JM: Tensor
     core_JL: Tensor
     right_LN: Tensor
 
     @classmethod
     def zero(cls, rows: int, columns: int) -> FactoredSum:
-        return cls(torch.zeros(rows, 0), torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, columns))
+        none = torch.zeros(0, 0, dtype=torch.float64)
+        return cls(none.new_zeros(0, rows), none, none.new_zeros(0, columns))
 
     def sum_of_squares(self) -> float:
         return float(self.core_JL.square().sum())
@@ -71,10 +79,10 @@ class FactoredSum:
 
     def read(self, scale: float) -> Tensor:
         """The core goes to the shorter side first."""
-        core_JL = (self.core_JL * scale).float()
-        if self.left_MJ.shape[0] <= self.right_LN.shape[1]:
-            return (self.left_MJ @ core_JL) @ self.right_LN
-        return self.left_MJ @ (core_JL @ self.right_LN)
+        core_JL = self.core_JL * scale
+        if self.left_JM.shape[1] <= self.right_LN.shape[1]:
+            return (self.left_JM.T @ core_JL).float() @ self.right_LN.float()
+        return self.left_JM.T.float() @ (core_JL @ self.right_LN).float()
 
 
 @dataclass(frozen=True)
@@ -182,36 +190,40 @@ def _removed(projected_KN: Tensor, right_KN: Tensor, split: int) -> Tensor:
 
 
 def _stays_factored(state: FactoredSum, update: LowRank) -> bool:
-    rows, columns = state.left_MJ.shape[0], state.right_LN.shape[1]
+    rows, columns = state.left_JM.shape[1], state.right_LN.shape[1]
     size = max(state.core_JL.shape) + update.rank
-    return size * (rows + 2 * size + columns) <= rows * columns
+    return FLOAT64_PER_FLOAT32 * size * (rows + size + columns) <= rows * columns
 
 
 def _absorb_factored(state: FactoredSum, removal: Removal | None, update: LowRank) -> FactoredSum:
     """OPCM in the core's coordinates: O((M + N)(K + R)^2), never M x N."""
-    left_MJ = _extended(state.left_MJ, update.left_MR)
-    right_LN = _extended(state.right_LN.T, update.right_RN.T).T.contiguous()
-    core_JL = (left_MJ.T @ update.left_MR).double() @ (update.right_RN @ right_LN.T).double()
+    left_JM, coordinates_RJ = _extended(state.left_JM, update.left_MR.T.double())
+    right_LN, coordinates_RL = _extended(state.right_LN, update.right_RN.double())
+    core_JL = coordinates_RJ.T @ coordinates_RL
     known = tuple(slice(size) for size in state.core_JL.shape)
     if removal is not None and removal.basis.rank:
         left, right = removal.basis.left_MK, removal.basis.right_KN
         core_JL[known] -= left @ _removed(left.T @ core_JL[known], right, removal.split)
     core_JL[known] += state.core_JL
-    return FactoredSum(left_MJ, core_JL, right_LN)
+    return FactoredSum(left_JM, core_JL, right_LN)
 
 
-def _extended(known_MK: Tensor, added_MR: Tensor) -> Tensor:
-    """Orthonormal columns spanning both, the known ones first and unchanged.
+def _extended(known_KM: Tensor, added_RM: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows spanning both, the known ones first and unchanged; and the added rows' coordinates.
 
-    The part outside is orthogonalised twice, and directions of rounding size are dropped, so that
-    adding a vector whose span is known adds nothing.
+    Directions of rounding size are dropped, so that adding a vector whose span is known adds nothing.
     """
-    outside = added_MR - known_MK @ (known_MK.T @ added_MR)
-    outside = outside - known_MK @ (known_MK.T @ outside)
-    columns, upper = torch.linalg.qr(outside)
-    turn, values, _ = torch.linalg.svd(upper.double())
-    found = values > NEGLIGIBLE * torch.linalg.vector_norm(added_MR)
-    return torch.cat([known_MK, columns @ turn[:, found].float()], dim=1)
+    inside_RK = added_RM @ known_KM.T
+    outside_RM = added_RM - inside_RK @ known_KM
+    size = torch.linalg.vector_norm(added_RM)
+    if torch.linalg.vector_norm(outside_RM) < CANCELLATION * size:
+        again_RK = outside_RM @ known_KM.T
+        inside_RK, outside_RM = inside_RK + again_RK, outside_RM - again_RK @ known_KM
+    columns_MR, upper_RR = torch.linalg.qr(outside_RM.T)
+    turn_RR, values, _ = torch.linalg.svd(upper_RR)
+    turn_RF = turn_RR[:, values > NEGLIGIBLE * size]
+    extended = torch.cat([known_KM, turn_RF.T @ columns_MR.T])
+    return extended, torch.cat([inside_RK, upper_RR.T @ turn_RF], dim=1)
 
 
 def _out_of_core(state: FactoredSum, removal: Removal | None) -> Removal | None:
@@ -219,5 +231,5 @@ def _out_of_core(state: FactoredSum, removal: Removal | None) -> Removal | None:
     if removal is None:
         return None
     basis = removal.basis
-    left, right = basis.left_MK.float(), basis.right_KN.float()
-    return Removal(Spectrum(state.left_MJ @ left, basis.values_K, right @ state.right_LN), removal.split)
+    whole = Spectrum(state.left_JM.T @ basis.left_MK, basis.values_K, basis.right_KN @ state.right_LN)
+    return Removal(whole.rounded(), removal.split)

@@ -243,7 +243,7 @@ class TestLowRank:
         for task in range(4):
             fold.merge(factored(SEED + task, 4, [layer]))
         shapes = {name: tuple(t.shape) for name, t in tensors_of(fold.states["weight"]).items()}
-        assert shapes == {"left_MJ": (200_000, 16), "core_JL": (16, 16), "right_LN": (16, 100_000)}
+        assert shapes == {"left_JM": (16, 200_000), "core_JL": (16, 16), "right_LN": (16, 100_000)}
 
     def test_no_matrix_of_the_layers_size_is_built_before_read_out(self) -> None:
         layer = matrix(300, 200)
