@@ -250,7 +250,7 @@ BAD = {
     "another shape": (client(2, changed(b=torch.ones(1))), None, "another shape than the base's"),
     "integers": (client(2, changed(b=torch.ones(6, dtype=torch.int64))), None, "dtype that cannot be merged"),
     "NaN weights": (client(2, changed(b=torch.full((6,), torch.nan))), None, "not finite"),
-    "NaN differences": (client(2, nan_difference), None, "overflows float32"),
+    "NaN differences": (client(2, nan_difference), None, "values that are not finite"),
     "garbage bytes": (client(2, array_of(b"garbage")), None, "an array that cannot be read"),
     "a pickle": (client(2, array_of(b"\x80\x05K\x01.")), None, "an array that cannot be read"),
     "a zip": (client(2, array_of(b"PK\x05\x06" + bytes(18))), None, "an array that cannot be read"),
