@@ -172,12 +172,24 @@ def bench_opcm_command(
     tasks: Annotated[int, typer.Option(min=2)] = 6,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    whole_distance: Annotated[
+        bool, typer.Option(help="Distance over every layer, not one of each kind and size; takes minutes.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """OPCM as published (full SVD) and ours, arrival and cold, with the distance of both to float64."""
-    from fedmerge.deploy.bench.opcm import print_bench, run
+    from fedmerge.deploy.bench.opcm import bench_opcm, print_bench
 
-    result = run(shape, lora, actors, repeats, tasks, seed, errors if as_json else console)
+    result = bench_opcm(
+        shape,
+        lora,
+        actors,
+        tasks=tasks,
+        repeats=repeats,
+        whole_distance=whole_distance or None,
+        seed=seed,
+        console=errors if as_json else console,
+    )
     if as_json:
         typer.echo(result.model_dump_json(indent=2))
     else:

@@ -23,6 +23,7 @@ from fedmerge.client.loading import load_stream
 from fedmerge.client.tasks import Stream, StreamOptions
 from fedmerge.common.base import Base
 from fedmerge.common.errors import ConfigError
+from fedmerge.common.machine import cores
 from fedmerge.common.score import pooled
 from fedmerge.deploy.progress import RunProgress
 from fedmerge.deploy.report.results import Failure, MergeRow, Results, RuleResults, SiteTraffic, save
@@ -133,7 +134,7 @@ def _run_in_flower(
     from fedmerge.server.engine.ray_engine import start_ray
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or cores()
     start_ray(num_cpus=workers)
     finished: list[Federation] = []
     server = ServerApp()

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.layers import LayerKind, LayerSpec
+from fedmerge.common.machine import cores
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, TaskVector
 from fedmerge.deploy.bench.published import Diagonal, PublishedOpcm
 from fedmerge.deploy.bench.shapes import layers_of
-from fedmerge.server.engine.engine import Engine
+from fedmerge.server.engine.engine import ALLOCATOR, Engine
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge.opcm import Opcm
 
@@ -42,10 +43,6 @@ UPDATE_DEVIATION = 0.001
 """Standard deviations of the base's weights and of what a task adds to them."""
 
 MEMORY_TASKS = (8, 32)
-
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""Environment of the memory measurement: glibc gives tensors of a mebibyte and more back when they are
-freed. Left alone it raises that bound as it goes, and the mark counts its fragments too."""
 
 
 class Seconds(BaseModel):
@@ -162,19 +159,6 @@ class Workload:
         return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def run(
-    shape: str,
-    lora: int | None,
-    actors: int | None,
-    repeats: int,
-    tasks: int,
-    seed: int,
-    console: Console,
-) -> OpcmBench:
-    """The whole benchmark behind a progress bar, for the command line."""
-    return bench_opcm(shape, lora, actors, tasks=tasks, repeats=repeats, seed=seed, console=console)
-
-
 def bench_opcm(
     shape: str = "vit-b-32",
     lora: int | None = None,
@@ -254,7 +238,7 @@ def bench_opcm(
         peak_memory_ratio=memory[max(memory)] / memory[min(memory)],
         machine=Machine(
             processor=_processor(),
-            cores=len(os.sched_getaffinity(0)),
+            cores=cores(),
             torch_version=torch.__version__,
             published_threads=threads,
             load_before=load_before,

@@ -22,6 +22,10 @@ from fedmerge.common.taskvector import Dense, TaskVector
 from fedmerge.server.merge.rule import LayerSums, Rule, Totals
 from fedmerge.server.merge.spectrum import LinAlgError
 
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""Environment of worker processes: glibc returns tensors of a mebibyte and more when they are freed. Left
+alone it raises that bound as it goes, and memory grows with its fragments."""
+
 OnLayer = Callable[[str], None]
 """Called with a layer's name when it is done; for progress bars."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedmerge.common.layers import LayerSpec
+from fedmerge.common.machine import cores
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.server.engine.engine import Engine, OnLayer
 from fedmerge.server.engine.placement import cost
@@ -39,7 +39,7 @@ class LocalEngine(Engine):
         super().__init__(rule, layers, threads=threads)
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        self._workers = workers or len(os.sched_getaffinity(0))
+        self._workers = workers or cores()
         self._pool = ThreadPoolExecutor(self._workers, "merge", torch.set_num_threads, (threads,))
         self._shard = Shard(rule, self.layers.values(), device)
         self._preparing: dict[str, Future[None]] = {}

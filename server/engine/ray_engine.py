@@ -36,7 +36,7 @@ from fedmerge.common.errors import ConfigError, EngineError, FedmergeError
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.server.engine import placement
-from fedmerge.server.engine.engine import Engine, OnLayer
+from fedmerge.server.engine.engine import ALLOCATOR, Engine, OnLayer
 from fedmerge.server.engine.shard import Shard, as_update
 from fedmerge.server.merge.rule import LayerSums, Rule, Totals
 
@@ -171,7 +171,7 @@ class RayEngine(Engine):
         start_ray()
         groups = placement.place(self.layers.values(), actors)
         gpus = _gpus_per_actor(len(groups)) if num_gpus is None else num_gpus
-        environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
+        environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), **ALLOCATOR}
         self._remote = ray.remote(num_cpus=num_cpus, num_gpus=gpus, max_restarts=0)(ShardActor).options(
             scheduling_strategy="SPREAD", runtime_env={"env_vars": environment}
         )
