@@ -35,7 +35,12 @@ class RunningSum:
 
 
 def added(sum_MN: Tensor, update: LayerUpdate) -> Tensor:
-    """``S + D`` as a new tensor; a low-rank D is never built on its own."""
+    """``S + D`` as a new tensor; a low-rank D is never built on its own.
+
+    A vector layer's sum is one row; factors, as of an adapted embedding, have the layer's own shape.
+    """
     if isinstance(update, LowRank):
-        return torch.addmm(sum_MN, update.left_MR, update.right_RN)
+        left_MR, right_RN = update.tensors()
+        sum_own = sum_MN.reshape(left_MR.shape[0], right_RN.shape[1])
+        return torch.addmm(sum_own, left_MR, right_RN).reshape(sum_MN.shape)
     return sum_MN + update.values.reshape(sum_MN.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import prod
 
 import pytest
 import torch
@@ -67,14 +68,14 @@ def gaussian(seed: int, layers: Sequence[LayerSpec] = LAYERS, rank: int | None =
 
 
 def factored(seed: int, rank: int, layers: Sequence[LayerSpec] = LAYERS) -> dict[str, LayerUpdate]:
-    """One arrival whose matrices are factors."""
+    """One arrival whose layers of two and more dimensions are factors; embeddings too, as peft adapts them."""
     generator = torch.Generator().manual_seed(seed)
     arrival: dict[str, LayerUpdate] = {}
     for layer in layers:
-        rows, columns = layer.matrix_shape
+        rows, columns = layer.shape[0], prod(layer.shape[1:])
         left = torch.randn(rows, rank, generator=generator)
         update = LowRank(left, torch.randn(rank, columns, generator=generator), layer.shape)
-        arrival[layer.name] = update if layer.kind is LayerKind.MATRIX else Dense(update.to_dense())
+        arrival[layer.name] = update if len(layer.shape) > 1 else Dense(update.to_dense())
     return arrival
 
 
