@@ -68,7 +68,7 @@ def gaussian(seed: int, layers: Sequence[LayerSpec] = LAYERS, rank: int | None =
 
 
 def factored(seed: int, rank: int, layers: Sequence[LayerSpec] = LAYERS) -> dict[str, LayerUpdate]:
-    """One arrival whose layers of two and more dimensions are factors; embeddings too, as peft adapts them."""
+    """One arrival whose layers of two and more dimensions are factors; embeddings too, as with peft."""
     generator = torch.Generator().manual_seed(seed)
     arrival: dict[str, LayerUpdate] = {}
     for layer in layers:
