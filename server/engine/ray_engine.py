@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +43,8 @@ from fedmerge.server.merge.rule import LayerSums, Rule, Totals
 
 IN_FLIGHT = 4
 """Layers on their way to one actor at a time."""
+
+CONNECT_SECONDS = 10.0
 
 REVIVALS = 3
 """How often one shard may lose its actor within one call before the call gives up."""
@@ -362,6 +365,7 @@ def start_ray(address: str | None = None, *, num_cpus: int | None = None, wait: 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     where = address or os.environ.get("RAY_ADDRESS") or "local"
+    _require_listener(where)
     local: dict[str, Any] = {"include_dashboard": False, "num_cpus": num_cpus}
     # Ray turns 127.0.0.1 into the host's address unless clusters are off; off, every port is on loopback.
     ray_constants.ENABLE_RAY_CLUSTER = where != "local"
@@ -378,6 +382,22 @@ def start_ray(address: str | None = None, *, num_cpus: int | None = None, wait: 
             "cannot reach Ray",
             got=str(error).splitlines()[0],
             where=where,
+            do="Give the address of a running cluster, or none to start a local one.",
+        ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Refuses at once an address where nothing listens; Ray itself would keep trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise EngineError(
+            "no Ray cluster listens there",
+            where=address,
+            got=str(error),
             do="Give the address of a running cluster, or none to start a local one.",
         ) from error
 

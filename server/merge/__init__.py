@@ -29,8 +29,9 @@ def make_rule(name: str, options: Mapping[str, object] | None = None) -> Rule:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         option = ".".join(map(str, first["loc"])) or "options"
+        what = "no such option" if first["type"] == "extra_forbidden" else first["msg"]
         raise ConfigError(
-            f"rule {name!r}, option {option!r}: {first['msg']}", got=repr(first.get("input")), do=_known(kind)
+            f"rule {name!r}, option {option!r}: {what}", got=repr(first.get("input")), do=_known(kind)
         ) from error
 
 
