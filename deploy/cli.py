@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from fedmerge import __version__
+from fedmerge.common.config import validated
 from fedmerge.common.errors import ConfigError, FedmergeError
 
 app = typer.Typer(
@@ -23,6 +24,17 @@ bench = typer.Typer(
     no_args_is_help=True, help="Measure speed and accuracy against a reference in the same run."
 )
 app.add_typer(bench, name="bench")
+
+EXTRA_OF = {
+    "ray": "server",
+    "flwr": "server",
+    "transformers": "sim",
+    "flwr_datasets": "sim",
+    "datasets": "sim",
+    "matplotlib": "sim",
+    "jinja2": "sim",
+}
+"""Which extra brings a library that the base installation lacks."""
 
 console = Console()
 errors = Console(stderr=True)
@@ -76,20 +88,21 @@ def simulate_command(
     from fedmerge.deploy.simulate import SimulationConfig, simulate
 
     rules = parse_rules(rule, settings or [])
-    config = SimulationConfig(
-        stream=stream,
-        tasks=tasks,
-        sites=sites,
-        sites_per_task=sites_per_task,
-        partition=partition,
-        rounds=rounds,
-        seed=seed,
-        rows=rows,
-        actors=actors,
-        workers=workers,
-        timeout_seconds=timeout,
-        save_merged=save_merged,
-    )
+    settings_of_run = {
+        "stream": stream,
+        "tasks": tasks,
+        "sites": sites,
+        "sites_per_task": sites_per_task,
+        "partition": partition,
+        "rounds": rounds,
+        "seed": seed,
+        "rows": rows,
+        "actors": actors,
+        "workers": workers,
+        "timeout_seconds": timeout,
+        "save_merged": save_merged,
+    }
+    config = validated(SimulationConfig, settings_of_run)
     console.print(f"stream {stream}, {sites} sites, rules {rule}, seed {seed}", highlight=False)
     results = simulate(config, rules, out, RunProgress(console))
     report = write_report(results, out / "report.html")
@@ -230,10 +243,19 @@ def _value(text: str) -> object:
 
 
 def main() -> None:
-    """Entry point: typed errors become one line and exit code 2."""
+    """Entry point: typed errors and missing extras become one line and exit code 2."""
     try:
         app()
     except FedmergeError as error:
-        errors.print(f"[bold red]error[/bold red] ({type(error).__name__}): ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(2) from error
+        _fail(type(error).__name__, str(error), error)
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        _fail("not installed", f"{error.name}. This needs: pip install 'fedmerge[{extra}]'", error)
+
+
+def _fail(kind: str, message: str, error: Exception) -> NoReturn:
+    errors.print(f"[bold red]error[/bold red] ({kind}): ", end="")
+    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(2) from error

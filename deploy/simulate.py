@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedmerge.client.loading import load_stream
 from fedmerge.client.tasks import Stream, StreamOptions
 from fedmerge.common.base import Base
+from fedmerge.common.config import Partition
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.machine import cores
 from fedmerge.common.score import pooled
@@ -65,7 +66,7 @@ class SimulationConfig(BaseModel):
     tasks: int | None = Field(default=None, ge=1)
     sites: int = Field(default=4, ge=1)
     sites_per_task: int = Field(default=1, ge=1)
-    partition: str = "iid"
+    partition: Partition = "iid"
     rounds: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0)
     rows: int | None = Field(default=None, ge=1)

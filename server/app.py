@@ -18,14 +18,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedmerge.common.base import Base
+from fedmerge.common.config import validated
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.logs import log_to_stderr
 from fedmerge.common.lookup import find_function
@@ -43,8 +44,6 @@ logger = logging.getLogger("fedmerge.server")
 RAY_START_SECONDS = 60.0
 POLL_SECONDS = 1.0
 """Between two looks at a SuperLink; a site answers in seconds at best."""
-
-Config = TypeVar("Config", bound=BaseModel)
 
 
 class EngineConfig(BaseModel):
@@ -157,7 +156,7 @@ def _options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(f"{name}."): given.pop(key) for key in keys}
 
 
-def _split(given: Mapping[str, Any], first: type[Config], second: type[BaseModel]) -> tuple[Any, Any]:
+def _split(given: Mapping[str, Any], first: type[BaseModel], second: type[BaseModel]) -> tuple[Any, Any]:
     """Settings, in kebab case, validated into two configs; a key of neither is refused."""
     settings = {key.replace("-", "_"): value for key, value in given.items()}
     unknown = sorted(set(settings) - set(first.model_fields) - set(second.model_fields))
@@ -173,21 +172,6 @@ def _split(given: Mapping[str, Any], first: type[Config], second: type[BaseModel
         validated(kind, {key: value for key, value in settings.items() if key in kind.model_fields})
         for kind in (first, second)
     )  # type: ignore[return-value]
-
-
-def validated(kind: type[Config], settings: Mapping[str, Any]) -> Config:
-    """A config from settings.
-
-    Raises:
-        ConfigError: naming the first key that is wrong, what it got and why.
-    """
-    try:
-        return kind.model_validate(dict(settings))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(
-            f"setting {'.'.join(map(str, first['loc']))!r}: {first['msg']}", got=repr(first.get("input"))
-        ) from error
 
 
 def _listed(value: object) -> list[str]:

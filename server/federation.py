@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedmerge import __version__
 from fedmerge.common import wire
 from fedmerge.common.base import Base
+from fedmerge.common.config import Partition
 from fedmerge.common.errors import BaseMismatch, ConfigError, FedmergeError
 from fedmerge.common.score import Score, pooled
 from fedmerge.common.taskvector import TaskVector
@@ -56,7 +57,7 @@ class FederationConfig(BaseModel):
     tasks: tuple[str, ...] = ()
     rounds: Positive = 1
     sites_per_task: Positive = 1
-    partition: str = "iid"
+    partition: Partition = "iid"
     seed: int = 0
     min_sites: Positive = 1
     wait_seconds: Seconds = 120.0

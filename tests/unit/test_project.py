@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fedmerge.client.tasks import StreamOptions
 from fedmerge.client.training import fine_tune, score
@@ -124,3 +126,28 @@ def test_the_readme_names_only_folders_and_pages_that_exist() -> None:
         assert (ROOT / target).exists(), target
     for folder in re.findall(r"^\| `(\w+)/`", page, re.MULTILINE):
         assert (ROOT / folder).is_dir(), folder
+
+
+@pytest.mark.parametrize(
+    ("library", "arguments", "extra"),
+    [
+        ("matplotlib", ["simulate", "--stream", "example"], "fedmerge[sim]"),
+        ("ray", ["merge", "--base", "b", "--out", "o.safetensors", "--actors", "1", "x"], "fedmerge[server]"),
+    ],
+)
+def test_a_missing_extra_is_one_line_and_exit_code_2(
+    library: str, arguments: list[str], extra: str, tmp_path: Path
+) -> None:
+    for name in ("b", "x"):
+        (tmp_path / name).mkdir()
+        save_file({"weight": torch.ones(2, 2)}, tmp_path / name / "model.safetensors")
+    script = (
+        f"import sys; sys.modules[{library!r}] = None; sys.argv = ['fedmerge', *{arguments!r}]\n"
+        "from fedmerge.deploy.cli import main; main()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert run.returncode == 2
+    assert extra in run.stderr
+    assert "Traceback" not in run.stderr
