@@ -134,7 +134,7 @@ def _run_in_flower(
     from fedmerge.client.app import SiteConfig, make_client_app
     from fedmerge.server.engine.ray_engine import start_ray
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what fails at a site is in the history
     workers = config.workers or cores()
     start_ray(num_cpus=workers)
     finished: list[Federation] = []

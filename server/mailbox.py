@@ -6,6 +6,7 @@ request that is not answered in time, or whose node has left, ends with a reason
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+FLOWERS_WORDS = "Exception ClientAppException occurred. Message: "
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Mailbox:
 
 
 def _reason(message: Message) -> str:
-    """The first line of what went wrong at the site."""
-    text = (message.error.reason or "").strip().splitlines()
-    return f"error {message.error.code}: {text[0] if text else 'no reason given'}"
+    """What went wrong at the site, in one line, without what Flower and Ray wrap around it."""
+    plain = COLOURS.sub("", message.error.reason or "").rpartition(FLOWERS_WORDS)[2]
+    lines = [line.strip().removesuffix("'>") for line in plain.splitlines() if line.strip(" '>")]
+    return f"error {message.error.code}: {lines[0] if lines else 'no reason given'}"

@@ -147,6 +147,21 @@ def test_an_error_is_told_by_its_first_line():
     assert (reply.content, reply.reason) == (None, "error 2: ValueError: no data")
 
 
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "<class 'ClientAppException'>:<'\nException ClientAppException occurred. Message: disk gone'>",
+        "<class 'RayTaskError'>:<'\x1b[36mray::run()\x1b[39m (pid=7)\n  File \"a.py\"\nClientAppException: \n"
+        "Exception ClientAppException occurred. Message: disk gone\n'>",
+    ],
+)
+def test_an_error_is_told_without_what_flower_wraps_around_it(reason: str):
+    box, _, _ = mailbox(Fault(11, error=reason))
+    box.put(request(11, "a"))
+    (reply,) = drained(box)
+    assert reply.reason == "error 2: disk gone"
+
+
 def test_a_node_that_leaves_while_it_works_is_known_by_the_message_it_answers():
     box, grid, _ = mailbox(Fault(12, leaves=True))
     box.put(request(11, "a"))
