@@ -24,6 +24,7 @@ from fedmerge.client.tasks import StreamOptions, Task
 from fedmerge.client.training import OnStep
 from fedmerge.common import wire
 from fedmerge.common.base import Base
+from fedmerge.common.config import listed
 from fedmerge.common.errors import BaseMismatch, ConfigError
 from fedmerge.common.logs import log_to_stderr
 from fedmerge.common.score import Score
@@ -99,7 +100,7 @@ def site_config(context: Context) -> SiteConfig:
     return SiteConfig(
         stream=str(given["stream"]),
         label=str(given.get("site-name", "")),
-        held=tuple(name.strip() for name in str(given.get("held-tasks", "")).split(",") if name.strip()),
+        held=listed(given.get("held-tasks", "")),
         seed=_whole(given, "seed") or 0,
         rows=_whole(given, "rows"),
         device=str(given.get("device", "auto")),

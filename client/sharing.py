@@ -6,12 +6,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
-from fedmerge.client.tasks import Task
+from fedmerge.client.tasks import Task, length
 from fedmerge.common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def share(task: Task, part: int, parts: int, scheme: str = "iid", seed: int = 0)
         )
     if parts == 1:
         return task
-    train, test = _length(task.train), _length(task.test)
+    train, test = length(task.train), length(task.test)
     if min(train, test) < parts:
         raise ConfigError(
             "too few rows to share",
@@ -86,12 +86,12 @@ def _labels(task: Task, where: str) -> Sequence[int]:
             where=where,
             do="Set Task.labels, one per training example, or use 'iid'.",
         )
-    if len(task.labels) != _length(task.train):
+    if len(task.labels) != length(task.train):
         raise ConfigError(
             "not one label per training example",
             where=where,
             got=f"{len(task.labels)} labels",
-            wanted=_length(task.train),
+            wanted=length(task.train),
         )
     return task.labels
 
@@ -129,7 +129,3 @@ def _rows_of(partitioner: Partitioner, columns: dict[str, list[int]], part: int)
 
     partitioner.dataset = Table.from_dict(columns)
     return sorted(partitioner.load_partition(part)["row"])
-
-
-def _length(rows: Dataset[Any]) -> int:
-    return len(rows)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; Task asks for one

@@ -62,6 +62,11 @@ class Task:
     labels: Sequence[int] | None = None
 
 
+def length(rows: Dataset[Any]) -> int:
+    """How many examples a map-style dataset holds."""
+    return len(rows)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; Task asks for one
+
+
 @dataclass(frozen=True)
 class StreamOptions:
     """What ``fedmerge simulate`` passes to a stream's function.

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, default_collate
 
-from fedmerge.client.tasks import Batch, Task, TrainingConfig
+from fedmerge.client.tasks import Batch, Task, TrainingConfig, length
 from fedmerge.common.errors import ConfigError, NonFinite
 from fedmerge.common.layers import matches
 from fedmerge.common.score import Score
@@ -78,7 +78,7 @@ def fine_tune(
         losses = _train(model, trained, task, config, seed, on_step, place)
         seconds = time.perf_counter() - started
     return TrainingReport(
-        len(losses), _length(task.train), losses[-1], math.fsum(losses) / len(losses), seconds
+        len(losses), length(task.train), losses[-1], math.fsum(losses) / len(losses), seconds
     )
 
 
@@ -92,7 +92,7 @@ def score(model: nn.Module, task: Task, batch_size: int = 64, device: str = "aut
     Raises:
         ConfigError: the task has no test examples, or ``batch_size`` is below 1.
     """
-    examples = _length(task.test)
+    examples = length(task.test)
     if not examples:
         raise ConfigError("no test examples", where=f"task {task.name!r}", wanted="at least 1")
     if batch_size < 1:
@@ -126,7 +126,7 @@ def _train(
 ) -> list[float]:
     optimizer = AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = LambdaLR(optimizer, lambda step: rate_factor(step, config.steps))
-    batches = _shuffled_batches(_length(task.train), config.batch_size, seed)
+    batches = _shuffled_batches(length(task.train), config.batch_size, seed)
     losses: list[float] = []
     for step in range(1, config.steps + 1):
         loss = task.loss(model, _batch(task, task.train, next(batches), place))
@@ -217,13 +217,9 @@ def _pick(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _length(rows: Dataset[Any]) -> int:
-    return len(rows)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; Task asks for one
-
-
 def _check_training(task: Task, config: TrainingConfig) -> None:
     where = f"task {task.name!r}"
-    if not _length(task.train):
+    if not length(task.train):
         raise ConfigError("no training examples", where=where, wanted="at least 1")
     for key in ("steps", "batch_size"):
         if getattr(config, key) < 1:

@@ -15,6 +15,11 @@ Partition = Annotated[str, Field(pattern=r"^(iid|dirichlet:(\d+(\.\d*)?|\.\d+))$
 """How sites share a task's rows: ``iid`` or ``dirichlet:ALPHA``."""
 
 
+def listed(text: object) -> tuple[str, ...]:
+    """The items of a comma-separated setting, without blanks and empty ones."""
+    return tuple(item.strip() for item in str(text).split(",") if item.strip())
+
+
 def validated(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     """A config from settings.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +13,25 @@ from fedmerge.common.base import Base
 from fedmerge.common.checkpoint import SINGLE, Checkpoint
 from fedmerge.common.errors import BaseMismatch, FileError, MissingLayer, ShapeMismatch, UnknownLayer
 from fedmerge.common.taskvector import Manifest, TaskVector, nearest
+
+
+class SourceKind(StrEnum):
+    ADAPTER = "adapter"
+    TASK_VECTOR = "task vector"
+    CHECKPOINT = "checkpoint"
+
+
+def kind_of(path: Path) -> SourceKind:
+    """What a file or folder is to be opened as; reads a header at most.
+
+    Raises:
+        FileError: a missing file. UnsafeFile: a file that is not well-formed safetensors.
+    """
+    if (path / adapter.CONFIG).is_file() and not (path / SINGLE).is_file():
+        return SourceKind.ADAPTER
+    if path.suffix != ".json" and not path.is_dir() and vectorfile.is_task_vector(path):
+        return SourceKind.TASK_VECTOR
+    return SourceKind.CHECKPOINT
 
 
 def open_update(
@@ -42,9 +62,10 @@ def open_update(
     if isinstance(source, Mapping | Checkpoint):
         return TaskVector.from_checkpoints(base, source, manifest=manifest, frozen=frozen, private=private)
     path = Path(source)
-    if (path / adapter.CONFIG).is_file() and not (path / SINGLE).is_file():
+    kind = kind_of(path)
+    if kind is SourceKind.ADAPTER:
         return adapter.open_adapter(path, base, manifest=manifest, private=private)
-    if path.suffix != ".json" and not path.is_dir() and vectorfile.is_task_vector(path):
+    if kind is SourceKind.TASK_VECTOR:
         if manifest is not None or tuple(frozen) or tuple(private):
             raise FileError("a task vector already says what it is", where=path, do="Give the path alone.")
         vector = vectorfile.load(path)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from fedmerge.common.checkpoint import Layout, tensor_bytes
 from fedmerge.common.errors import FileError
-from fedmerge.common.header import DTYPES
+from fedmerge.common.header import DTYPES, LENGTH_BYTES
 
 ALIGNMENT = 8
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @contextmanager
@@ -51,23 +54,18 @@ def write_checkpoint(
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, (shape, dtype) in layout.items():
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
+        size = prod(shape) * dtype.itemsize
         entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     header = json.dumps(entries, separators=(",", ":")).encode()
     header = header.ljust(-(-len(header) // ALIGNMENT) * ALIGNMENT)
     with replacing(Path(path)) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
         for name, (shape, dtype) in layout.items():
             tensor = read(name)
             assert (tuple(tensor.shape), tensor.dtype) == (tuple(shape), dtype)
             file.write(tensor_bytes(tensor))
-    return 8 + len(header) + offset
-
-
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+    return LENGTH_BYTES + len(header) + offset
 
 
 def _sync_folder(folder: Path) -> None:

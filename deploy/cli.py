@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from fedmerge import __version__
-from fedmerge.common.config import validated
+from fedmerge.common.config import listed, validated
 from fedmerge.common.errors import ConfigError, FedmergeError
 
 app = typer.Typer(
@@ -217,7 +217,7 @@ def parse_rules(names: str, settings: list[str], one: bool = False) -> list[Any]
     """
     from fedmerge.server.merge import make_rule
 
-    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    chosen = list(dict.fromkeys(listed(names)))
     if not chosen or (one and len(chosen) > 1):
         raise ConfigError("name one rule" if one else "name at least one rule", got=repr(names))
     options: dict[str, dict[str, object]] = {name: {} for name in chosen}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from rich.table import Table
 from fedmerge import __version__
 from fedmerge.common import adapter, vectorfile
 from fedmerge.common.base import Base
-from fedmerge.common.checkpoint import open_checkpoint, read_json
+from fedmerge.common.checkpoint import Checkpoint, open_checkpoint, read_json
 from fedmerge.common.errors import ConfigError, FileError, UnknownLayer
 from fedmerge.common.layers import LayerKind, LayerSpec, matches, short_dtype
-from fedmerge.common.sources import open_update
+from fedmerge.common.sources import SourceKind, kind_of, open_update
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, Manifest, TaskVector
 from fedmerge.common.writing import write_checkpoint
 from fedmerge.deploy.progress import bars
@@ -111,23 +111,24 @@ def merge_files(
         )
     if not out.parent.is_dir():
         raise FileError("no such folder", where=out.parent)
-    base = Base.from_checkpoint(base_path, _kinds_by_name(base_path, kinds), private)
+    opened = open_checkpoint(base_path)
+    base = Base.from_checkpoint(opened, _kinds_by_name(opened, kinds), private)
     vectors = [open_update(path, base, private=_private_for(path, private)) for path in inputs]
+    low_rank: list[set[str]] = [set() for _ in vectors]
     seconds = {"merging": 0.0, "writing": 0.0}
     with workers.engine(rule, base.layers.values()) as engine, bars(console) as progress:
         aggregator = Aggregator(base, engine)
         bar = progress.add_task("merging", total=sum(len(vector.names) for vector in vectors), note="")
-        for path, vector in zip(inputs, vectors, strict=True):
+        for path, vector, found in zip(inputs, vectors, low_rank, strict=True):
             progress.update(bar, note=path.name)
             started = time.perf_counter()
-            aggregator.merge(vector, [path.name], lambda _: progress.advance(bar))
+            aggregator.merge(_noting(vector, found), [path.name], lambda _: progress.advance(bar))
             seconds["merging"] += time.perf_counter() - started
-            aggregator.prepare()
         started = time.perf_counter()
         bar = progress.add_task("writing", total=len(base.layers), note=out.name)
         _write_merged(base, aggregator.merged(), out, lambda: progress.advance(bar))
         seconds["writing"] = time.perf_counter() - started
-        record = _record(base_path, inputs, vectors, base, rule, aggregator, seconds)
+        record = _record(base_path, inputs, vectors, low_rank, base, rule, aggregator, seconds)
     out.with_suffix(".json").write_text(record.model_dump_json(indent=2) + "\n")
     return record
 
@@ -207,13 +208,13 @@ def inspect_file(path: Path, console: Console) -> None:
     Raises:
         FileError: nothing fedmerge can read.
     """
-    folder = path.is_dir() and (path / adapter.CONFIG).is_file()
-    if folder:
+    kind = kind_of(path)
+    if kind is SourceKind.ADAPTER:
         config = read_json(path / adapter.CONFIG)
         facts = ", ".join(f"{key} {config.get(key)}" for key in ("peft_type", "r", "lora_alpha"))
         console.print(f"{path}: PEFT adapter, {facts}", highlight=False)
         _print_checkpoint(path / adapter.WEIGHTS, console)
-    elif not path.is_dir() and vectorfile.is_task_vector(path):
+    elif kind is SourceKind.TASK_VECTOR:
         _print_vector(vectorfile.load(path), console)
     else:
         console.print(f"{path}: checkpoint", highlight=False)
@@ -267,13 +268,25 @@ def print_merge(record: MergeRecord, out: Path, console: Console) -> None:
     console.print(f"merged weights: {out}", highlight=False, soft_wrap=True)
 
 
-def _write_merged(base: Base, merged: TaskVector, out: Path, advance: object) -> None:
+def _noting(vector: TaskVector, low_rank: set[str]) -> TaskVector:
+    """The same vector, noting the names of low-rank layers as they are read."""
+
+    def read(name: str) -> LayerUpdate:
+        update = vector.read(name)
+        if isinstance(update, LowRank):
+            low_rank.add(name)
+        return update
+
+    return replace(vector, read=read)
+
+
+def _write_merged(base: Base, merged: TaskVector, out: Path, advance: Callable[[], None]) -> None:
     weights = merged.apply(base)
 
     def read(name: str) -> torch.Tensor:
         written, tensor = next(weights)
         assert written == name
-        advance()  # type: ignore[operator]
+        advance()
         return tensor
 
     layout = {name: (layer.shape, layer.dtype) for name, layer in base.layers.items()}
@@ -284,6 +297,7 @@ def _record(
     base_path: Path,
     inputs: Sequence[Path],
     vectors: Sequence[TaskVector],
+    low_rank: Sequence[set[str]],
     base: Base,
     rule: Rule,
     aggregator: Aggregator,
@@ -295,7 +309,9 @@ def _record(
         options=rule.model_dump(),
         base=str(base_path),
         base_fingerprint=base.fingerprint,
-        inputs=[_input(*each, base) for each in zip(inputs, vectors, aggregator.versions, strict=True)],
+        inputs=[
+            _input(*each, base) for each in zip(inputs, vectors, low_rank, aggregator.versions, strict=True)
+        ],
         kinds={
             str(kind): [n for n, layer in base.layers.items() if layer.kind is kind] for kind in LayerKind
         },
@@ -308,48 +324,36 @@ def _record(
     )
 
 
-def _input(path: Path, vector: TaskVector, merged: Version, base: Base) -> InputRecord:
-    kind = _kind_of(path)
-    held = open_checkpoint(path).layout if kind == "checkpoint" else {}
+def _input(path: Path, vector: TaskVector, low_rank: set[str], merged: Version, base: Base) -> InputRecord:
+    kind = kind_of(path)
+    held = open_checkpoint(path).layout if kind is SourceKind.CHECKPOINT else {}
     return InputRecord(
         path=str(path),
         kind=kind,
         changed=len(vector.names),
-        low_rank=sum(isinstance(vector.read(name), LowRank) for name in vector.names)
-        if kind != "checkpoint"
-        else 0,
+        low_rank=len(low_rank),
         unchanged=list(vector.unchanged),
         left_out=[name for name in held if name not in base.merged_layers],
         version=asdict(merged),
     )
 
 
-def _kind_of(path: Path) -> str:
-    if (path / adapter.CONFIG).is_file():
-        return "adapter"
-    return (
-        "task vector"
-        if path.is_file() and path.suffix != ".json" and vectorfile.is_task_vector(path)
-        else "checkpoint"
-    )
-
-
 def _private_for(path: Path, private: Sequence[str]) -> Sequence[str]:
     """Private patterns, for sources that do not carry their own list of layers."""
-    return () if _kind_of(path) == "task vector" else private
+    return () if kind_of(path) is SourceKind.TASK_VECTOR else private
 
 
-def _kinds_by_name(base_path: Path, patterns: Mapping[LayerKind, Sequence[str]]) -> dict[str, LayerKind]:
+def _kinds_by_name(opened: Checkpoint, patterns: Mapping[LayerKind, Sequence[str]]) -> dict[str, LayerKind]:
     """Kinds of the layers that patterns match; the first kind that matches counts.
 
     Raises:
         UnknownLayer: a pattern that matches nothing.
     """
-    names = list(open_checkpoint(base_path).layout) if patterns else []
+    names = list(opened)
     for listed in patterns.values():
         for pattern in listed:
             if not any(matches(name, [pattern]) for name in names):
-                raise UnknownLayer("a kind's pattern matches no layer", where=base_path, got=repr(pattern))
+                raise UnknownLayer("a kind's pattern matches no layer", where=opened.label, got=repr(pattern))
     found: dict[str, LayerKind] = {}
     for kind, listed in patterns.items():
         found |= {name: kind for name in names if name not in found and matches(name, listed)}

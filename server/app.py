@@ -26,7 +26,7 @@ from flwr.superlink.grid import InMemoryGrid
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedmerge.common.base import Base
-from fedmerge.common.config import validated
+from fedmerge.common.config import listed, validated
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.logs import log_to_stderr
 from fedmerge.common.lookup import find_function
@@ -72,10 +72,10 @@ def main(grid: Grid, context: Context) -> None:
     given: dict[str, Any] = {key: value for key, value in context.run_config.items() if value != ""}
     log_to_stderr()
     options = {name: _options_of(name, given) for name in RULES}
-    rules = [make_rule(name, options.get(name)) for name in _listed(given.pop("rule", "opcm"))]
-    base = open_base(str(given.pop("base", "")), _listed(given.pop("private", "")))
+    rules = [make_rule(name, options.get(name)) for name in listed(given.pop("rule", "opcm"))]
+    base = open_base(str(given.pop("base", "")), listed(given.pop("private", "")))
     out = Path(str(given.pop("out", "fedmerge-out")))
-    given["tasks"] = tuple(_listed(given.get("tasks", "")))
+    given["tasks"] = listed(given.get("tasks", ""))
     engines, federation = _split(given, EngineConfig, FederationConfig)
     out.mkdir(parents=True, exist_ok=True)
     history = History(_log)
@@ -172,10 +172,6 @@ def _split(given: Mapping[str, Any], first: type[BaseModel], second: type[BaseMo
         validated(kind, {key: value for key, value in settings.items() if key in kind.model_fields})
         for kind in (first, second)
     )  # type: ignore[return-value]
-
-
-def _listed(value: object) -> list[str]:
-    return [item.strip() for item in str(value).split(",") if item.strip()]
 
 
 def _log(event: Event) -> None:

@@ -186,7 +186,7 @@ class Federation:
         self._greet_newcomers()
         while len(self.sites) < self.config.min_sites and self._clock() < deadline:
             self._step()
-        while self._greeting and self._clock() < deadline:
+        while not self._mailbox.idle and self._clock() < deadline:
             self._step()
         if not self.sites:
             raise ConfigError(
@@ -195,10 +195,6 @@ class Federation:
                 wanted=f"{self.config.min_sites}",
                 do="The history says why each was refused.",
             )
-
-    @property
-    def _greeting(self) -> bool:
-        return not self._mailbox.idle
 
     def _greet_newcomers(self) -> None:
         content = RecordDict({wire.JOB: ConfigRecord({"version": __version__})})
