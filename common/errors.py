@@ -13,7 +13,24 @@
     │   └── VersionMismatch       origin version or software version
     ├── ValueRefused              the numbers themselves cannot be merged
     │   ├── NonFinite
+    │   ├── NormExceeded          larger than the configured ratio of the base
     │   └── BadWeight             a self-reported example count outside its range
+    ├── LimitError                a bound on bytes, requests or space is reached
+    │   ├── TooLarge              never fits; sending it again does not help
+    │   ├── QuotaExceeded         this site has used its share for now
+    │   └── Busy                  the queue is full for now
+    ├── StateError                not possible in the state the server is in
+    │   ├── NotFound              no such version, update or task
+    │   ├── NotKept               it was there, but retention has dropped it
+    │   └── Duplicate             an exact copy of an update that is already there
+    ├── StoreError                the state folder cannot be used
+    │   ├── StoreLocked           another server uses it
+    │   ├── StoreDamaged          bytes on disk are not what was written
+    │   └── StoreFull             a write failed; nothing was acknowledged
+    ├── AccessError               who asks may not do this
+    │   ├── Unauthenticated       it is not known who asks
+    │   └── Forbidden             it is known, and not allowed
+    ├── Unreachable               the other side does not answer
     ├── ConfigError               an unknown key, rule, or a value out of range
     └── EngineError               the engine could not finish; nothing was changed
 
@@ -111,8 +128,86 @@ class NonFinite(ValueRefused):
     """NaN, an infinity, or a finite value that overflows float32."""
 
 
+class NormExceeded(ValueRefused):
+    """A layer, or the whole update, is larger than the configured ratio of the base."""
+
+
 class BadWeight(ValueRefused):
     """A self-reported example count outside its range."""
+
+
+class LimitError(FedmergeError):
+    """A bound on bytes, requests or space is reached.
+
+    Attributes:
+        retry_after: seconds after which trying again may succeed; None if it never will.
+    """
+
+    retry_after: float | None = None
+
+
+class TooLarge(LimitError):
+    """It never fits: sending the same again does not help."""
+
+
+class QuotaExceeded(LimitError):
+    """This site has used its share of updates or bytes for now."""
+
+    retry_after = 3600.0
+
+
+class Busy(LimitError):
+    """The queue is full for now."""
+
+    retry_after = 5.0
+
+
+class StateError(FedmergeError):
+    """Not possible in the state the server is in."""
+
+
+class NotFound(StateError):
+    """No such version, update or task."""
+
+
+class NotKept(StateError):
+    """It was there once, but the retention settings have dropped it."""
+
+
+class Duplicate(StateError):
+    """An exact copy of an update that is already there."""
+
+
+class StoreError(FedmergeError):
+    """The state folder cannot be used."""
+
+
+class StoreLocked(StoreError):
+    """Another server uses the state folder."""
+
+
+class StoreDamaged(StoreError):
+    """Bytes on disk are not what was written."""
+
+
+class StoreFull(StoreError):
+    """A write failed, for lack of space or by the disk's fault; nothing was acknowledged."""
+
+
+class AccessError(FedmergeError):
+    """Who asks may not do this."""
+
+
+class Unauthenticated(AccessError):
+    """It is not known who asks."""
+
+
+class Forbidden(AccessError):
+    """It is known who asks, and that is not allowed."""
+
+
+class Unreachable(FedmergeError):
+    """The other side does not answer."""
 
 
 class ConfigError(FedmergeError):

@@ -26,11 +26,11 @@ from fedmerge.common.sources import SourceKind, kind_of, open_update
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, Manifest, TaskVector
 from fedmerge.common.writing import write_checkpoint
 from fedmerge.deploy.progress import bars
-from fedmerge.server.aggregator import Aggregator, Version
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge.rule import Rule
 from fedmerge.server.merge.spectrum import spectrum_of
+from fedmerge.server.model import GlobalModel, Version
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,18 @@ def merge_files(
     low_rank: list[set[str]] = [set() for _ in vectors]
     seconds = {"merging": 0.0, "writing": 0.0}
     with workers.engine(rule, base.layers.values()) as engine, bars(console) as progress:
-        aggregator = Aggregator(base, engine)
+        model = GlobalModel(base, engine)
         bar = progress.add_task("merging", total=sum(len(vector.names) for vector in vectors), note="")
         for path, vector, found in zip(inputs, vectors, low_rank, strict=True):
             progress.update(bar, note=path.name)
             started = time.perf_counter()
-            aggregator.merge(_noting(vector, found), [path.name], lambda _: progress.advance(bar))
+            model.merge(_noting(vector, found), [path.name], lambda _: progress.advance(bar))
             seconds["merging"] += time.perf_counter() - started
         started = time.perf_counter()
         bar = progress.add_task("writing", total=len(base.layers), note=out.name)
-        _write_merged(base, aggregator.merged(), out, lambda: progress.advance(bar))
+        _write_merged(base, model.merged(), out, lambda: progress.advance(bar))
         seconds["writing"] = time.perf_counter() - started
-        record = _record(base_path, inputs, vectors, low_rank, base, rule, aggregator, seconds)
+        record = _record(base_path, inputs, vectors, low_rank, base, rule, model, seconds)
     out.with_suffix(".json").write_text(record.model_dump_json(indent=2) + "\n")
     return record
 
@@ -300,18 +300,16 @@ def _record(
     low_rank: Sequence[set[str]],
     base: Base,
     rule: Rule,
-    aggregator: Aggregator,
+    model: GlobalModel,
     seconds: dict[str, float],
 ) -> MergeRecord:
-    engine, last = aggregator.engine, aggregator.versions[-1]
+    engine, last = model.engine, model.versions[-1]
     return MergeRecord(
         rule=rule.name,
         options=rule.model_dump(),
         base=str(base_path),
         base_fingerprint=base.fingerprint,
-        inputs=[
-            _input(*each, base) for each in zip(inputs, vectors, low_rank, aggregator.versions, strict=True)
-        ],
+        inputs=[_input(*each, base) for each in zip(inputs, vectors, low_rank, model.versions, strict=True)],
         kinds={
             str(kind): [n for n, layer in base.layers.items() if layer.kind is kind] for kind in LayerKind
         },

@@ -31,13 +31,13 @@ from fedmerge.common.errors import ConfigError
 from fedmerge.common.logs import log_to_stderr
 from fedmerge.common.lookup import find_function
 from fedmerge.common.vectorfile import save
-from fedmerge.server.aggregator import Aggregator
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.engine.ray_engine import RayEngine, start_ray
 from fedmerge.server.federation import Federation, FederationConfig
 from fedmerge.server.history import Event, History
 from fedmerge.server.merge import RULES, make_rule
 from fedmerge.server.merge.rule import Rule
+from fedmerge.server.model import GlobalModel
 
 logger = logging.getLogger("fedmerge.server")
 
@@ -119,8 +119,8 @@ def run_federation(
         )
 
     with ExitStack() as stack:
-        aggregators = {rule.name: Aggregator(base, stack.enter_context(engine(rule))) for rule in rules}
-        federation = Federation(grid, base, aggregators, config, history, 0.1 if simulated else POLL_SECONDS)
+        models = {rule.name: GlobalModel(base, stack.enter_context(engine(rule))) for rule in rules}
+        federation = Federation(grid, base, models, config, history, 0.1 if simulated else POLL_SECONDS)
         federation.run()
         on_finished(federation)
     return federation
@@ -146,8 +146,8 @@ def open_base(spec: str, private: Sequence[str] = ()) -> Base:
 
 def save_merged(federation: Federation, folder: Path) -> None:
     """Writes the final merged vector of every rule as ``merged-RULE.safetensors``."""
-    for name, aggregator in federation.aggregators.items():
-        save(aggregator.merged(), folder / f"merged-{name}.safetensors")
+    for name, model in federation.models.items():
+        save(model.merged(), folder / f"merged-{name}.safetensors")
 
 
 def _options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:

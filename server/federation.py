@@ -28,10 +28,10 @@ from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.common.wire import EvaluateJob, Hello, TrainJob
 from fedmerge.server.admission import MAX_EXAMPLES, admit, weight
-from fedmerge.server.aggregator import Aggregator
 from fedmerge.server.combine import add_vectors, combine
 from fedmerge.server.history import History
 from fedmerge.server.mailbox import Mailbox, Reply, Request
+from fedmerge.server.model import GlobalModel
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -117,7 +117,7 @@ class Federation:
     Args:
         grid: Flower's.
         base: the pretrained model everybody starts from.
-        aggregators: one per rule, by the rule's name.
+        models: one per rule, by the rule's name.
         config: the layout of the run.
         history: receives every event.
     """
@@ -126,13 +126,13 @@ class Federation:
         self,
         grid: Grid,
         base: Base,
-        aggregators: Mapping[str, Aggregator],
+        models: Mapping[str, GlobalModel],
         config: FederationConfig,
         history: History,
         poll_seconds: float = 0.1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.base, self.aggregators, self.config, self.history = base, aggregators, config, history
+        self.base, self.models, self.config, self.history = base, models, config, history
         self._mailbox = Mailbox(grid, self._note_sent, clock)
         self._poll_seconds, self._clock = poll_seconds, clock
         self.sites: dict[int, Site] = {}
@@ -346,13 +346,13 @@ class Federation:
         self.merged.append(run)
         number = len(self.merged)
         published = {}
-        for name, aggregator in self.aggregators.items():
-            version = aggregator.merge(vector, run.learned_by)
+        for name, model in self.models.items():
+            version = model.merge(vector, run.learned_by)
             started = time.perf_counter()
             if self.config.evaluate:
-                published[name] = wire.pack_vector(to_bytes(aggregator.merged()))
+                published[name] = wire.pack_vector(to_bytes(model.merged()))
             read_seconds = time.perf_counter() - started
-            aggregator.prepare()
+            model.prepare()
             self.history.record(
                 "merged",
                 rule=name,

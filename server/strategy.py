@@ -35,13 +35,13 @@ from fedmerge.common.errors import BadWeight, ConfigError, FedmergeError, FileEr
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.server.admission import MAX_EXAMPLES, admit, weight
-from fedmerge.server.aggregator import Aggregator
 from fedmerge.server.combine import combine
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.history import History
 from fedmerge.server.merge import make_rule
 from fedmerge.server.merge.rule import Rule
+from fedmerge.server.model import GlobalModel
 
 logger = logging.getLogger("fedmerge.server")
 
@@ -82,7 +82,7 @@ class ContinualMerging(Strategy):
         self._engine = engine
         self._origin: ArrayRecord | None = None
         self._deadline = 0.0
-        self.aggregator: Aggregator | None = None
+        self.model: GlobalModel | None = None
         self.history = History()
 
     def summary(self) -> None:
@@ -93,7 +93,7 @@ class ContinualMerging(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The base to every node; ``arrays`` is registered as the base in the first round."""
-        if self.aggregator is None:
+        if self.model is None:
             self._register(arrays)
         assert self._origin is not None
         content = RecordDict(
@@ -125,7 +125,7 @@ class ContinualMerging(Strategy):
             return None, None
         for task in sorted(tasks):
             self._merge(task, tasks[task], server_round)
-        last = self._aggregator.versions[-1]
+        last = self._model.versions[-1]
         metrics = MetricRecord(
             {
                 "tasks-merged": len(tasks),
@@ -168,22 +168,22 @@ class ContinualMerging(Strategy):
 
     def global_model(self) -> ArrayRecord:
         """Base plus merged vector, in the base's names and dtypes."""
-        merged = self._aggregator.merged()
-        return ArrayRecord(dict(merged.apply(self._aggregator.base)))
+        merged = self._model.merged()
+        return ArrayRecord(dict(merged.apply(self._model.base)))
 
     @property
-    def _aggregator(self) -> Aggregator:
-        if self.aggregator is None:
+    def _model(self) -> GlobalModel:
+        if self.model is None:
             raise ConfigError(
                 "no base yet", do="Call start() first, or configure_train() with the base's arrays."
             )
-        return self.aggregator
+        return self.model
 
     def _register(self, arrays: ArrayRecord) -> None:
         tensors = _tensors(arrays, "initial arrays")
         base = Base.from_checkpoint(Checkpoint.of(tensors, "initial arrays"), self._kinds, self._private)
         self._origin = arrays
-        self.aggregator = Aggregator(base, self._engine(self.rule, base.layers.values()))
+        self.model = GlobalModel(base, self._engine(self.rule, base.layers.values()))
         self._deadline = time.monotonic() + self._wait_seconds
 
     def _nodes(self, grid: Grid) -> list[int]:
@@ -197,7 +197,7 @@ class ContinualMerging(Strategy):
         where = _site(reply)
         if reply.has_error():
             raise FedmergeError(f"error {reply.error.code}: {reply.error.reason}", where=where)
-        base = self._aggregator.base
+        base = self._model.base
         named = next(
             (str(c[TASK_KEY]) for c in reply.content.config_records.values() if TASK_KEY in c),
             f"round-{server_round}",
@@ -210,7 +210,7 @@ class ContinualMerging(Strategy):
 
     def _vector(self, content: RecordDict, manifest: Manifest, where: str) -> TaskVector:
         """A vector from our own record, from an array record of differences, or from trained weights."""
-        base = self._aggregator.base
+        base = self._model.base
         sent = content.array_records.get(wire.VECTOR)
         if sent is not None and all(array.stype == wire.STYPE for array in sent.values()):
             return wire.unpack_vector(content, wire.VECTOR, where=where)
@@ -232,8 +232,8 @@ class ContinualMerging(Strategy):
     def _merge(self, task: str, arrived: Sequence[tuple[TaskVector, int]], server_round: int) -> None:
         vector = combine([vector for vector, _ in arrived], [examples for _, examples in arrived])
         sites = [vector.manifest.site for vector, _ in arrived]
-        version = self._aggregator.merge(vector, sites)
-        self._aggregator.prepare()
+        version = self._model.merge(vector, sites)
+        self._model.prepare()
         self.history.record(
             "merged",
             round=server_round,

@@ -26,11 +26,11 @@ from fedmerge.common.base import Base
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.deploy.streams.example import build_model
-from fedmerge.server.aggregator import Aggregator
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.federation import Federation, FederationConfig
 from fedmerge.server.history import History
 from fedmerge.server.merge import make_rule
+from fedmerge.server.model import GlobalModel
 
 SERVER = 1
 """Flower's node id of the server."""
@@ -208,10 +208,10 @@ def federate(
     engines = {
         name: LocalEngine(make_rule(name), base.layers.values(), workers=1) for name in rules or ("opcm",)
     }
-    aggregators = {name: Aggregator(base, engine) for name, engine in engines.items()}
+    models = {name: GlobalModel(base, engine) for name, engine in engines.items()}
     settings = {"wait_seconds": 1.0} | layout
     federation = Federation(
-        grid, base, aggregators, FederationConfig(**settings), History(), poll_seconds=0.0, **time
+        grid, base, models, FederationConfig(**settings), History(), poll_seconds=0.0, **time
     )
     try:
         federation.run()
@@ -223,17 +223,17 @@ def federate(
 
 def merged_bits(federation: Federation, rule: str = "opcm") -> bytes:
     """The global model of a rule, as the bytes of a task vector file."""
-    return to_bytes(federation.aggregators[rule].merged())
+    return to_bytes(federation.models[rule].merged())
 
 
 def merged_offline(vectors: Iterable[TaskVector], rule: str = "opcm") -> bytes:
     """What the same vectors give when they are merged here, in this order."""
     base = Base.from_model(build_model())
     with LocalEngine(make_rule(rule), base.layers.values(), workers=1) as engine:
-        aggregator = Aggregator(base, engine)
+        model = GlobalModel(base, engine)
         for vector in vectors:
-            aggregator.merge(vector)
-        return to_bytes(aggregator.merged())
+            model.merge(vector)
+        return to_bytes(model.merged())
 
 
 def sent_vector(reply: Message) -> TaskVector:

@@ -261,7 +261,7 @@ def test_a_task_that_all_its_sites_fail_is_left_out_and_the_rest_is_merged():
 def test_a_run_in_which_everything_fails_ends_with_the_base():
     run = federate(grid_of(Fault(kind=wire.TRAIN, error="no")), tasks=TASKS)
     assert run.merged == []
-    assert run.aggregators["opcm"].merged().names == ()
+    assert run.models["opcm"].merged().names == ()
     assert len(run.history.of("failed")) == 3
     assert run.score("base", 0, TASKS[0]) is not None
 

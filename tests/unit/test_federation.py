@@ -46,7 +46,7 @@ def three_sites(*faults: Fault, clock: FakeClock | None = None) -> LocalGrid:
 
 
 def weights_of(federation, rule: str) -> dict[str, torch.Tensor]:
-    return dict(federation.aggregators[rule].merged().apply(federation.base))
+    return dict(federation.models[rule].merged().apply(federation.base))
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_sites_of_one_task_are_combined_by_examples_and_merged_once(shared):
     assert sum(counts) == ROWS
     assert counts[0] != counts[1]
     assert merged_bits(run, "average") == merged_offline([combine(vectors, counts)], "average")
-    merged = run.aggregators["average"].merged()
+    merged = run.models["average"].merged()
     for name in merged.names:
         mean = sum(v.read(name).to_dense().double() * n / ROWS for v, n in zip(vectors, counts, strict=True))
         assert torch.allclose(merged.read(name).to_dense().double(), mean, rtol=1e-6, atol=1e-7)
@@ -279,7 +279,7 @@ def test_the_second_round_starts_from_what_the_first_moved(two_rounds):
 def test_the_rounds_vectors_are_summed_and_merged_once(two_rounds):
     run, grid = two_rounds
     first, second = (sent_vector(reply) for reply in grid.trained())
-    assert [version.number for version in run.aggregators["average"].versions] == [1]
+    assert [version.number for version in run.models["average"].versions] == [1]
     assert merged_bits(run, "average") == merged_offline([add_vectors(first, second)], "average")
 
 
@@ -354,7 +354,7 @@ def test_the_history_tells_who_did_what_how_large_and_how_long(whole):
         assert event["loss"] > 0
     sent = [event for event in run.history.of("sent") if event["message"] == "evaluate"]
     assert len(sent) == 3 * 4
-    of_rules = {rule: aggregator.merged() for rule, aggregator in run.aggregators.items()}
+    of_rules = {rule: model.merged() for rule, model in run.models.items()}
     down = sum(len(to_bytes(vector)) for vector in of_rules.values())
     assert {event["bytes_down"] for event in sent} == {0, down}
     assert run.history.events[-1]["event"] == "finished"
@@ -363,14 +363,14 @@ def test_the_history_tells_who_did_what_how_large_and_how_long(whole):
 def test_the_history_has_the_numbers_of_every_merge(whole):
     run, grid = whole
     norms = [sent_vector(reply).norm() for reply in grid.trained()]
-    for rule, aggregator in run.aggregators.items():
+    for rule, model in run.models.items():
         rows = [event for event in run.history.of("merged") if event["rule"] == rule]
-        for row, version, norm in zip(rows, aggregator.versions, norms, strict=True):
+        for row, version, norm in zip(rows, model.versions, norms, strict=True):
             assert row["update_norm"] == pytest.approx(norm, rel=1e-6)
             assert (row["lambda_t"], row["scale"]) == (version.lambda_t, version.scale)
             assert row["merged_norm"] == version.merged_norm > 0
             assert min(row["absorb_seconds"], row["read_seconds"]) >= 0
-        assert rows[-1]["merged_norm"] == pytest.approx(aggregator.merged().norm(), rel=1e-5)
+        assert rows[-1]["merged_norm"] == pytest.approx(model.merged().norm(), rel=1e-5)
 
 
 def test_the_listener_hears_what_the_history_keeps(whole, tmp_path):

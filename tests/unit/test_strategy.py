@@ -196,7 +196,7 @@ def test_the_metrics_of_a_round_tell_the_merge():
         metrics = result.train_metrics_clientapp[turn]
         assert (metrics["tasks-merged"], metrics["replies-left-out"]) == (1, 1)
         assert metrics["update-norm"] == pytest.approx(moved(seed).norm(), rel=1e-6)
-    assert metrics["lambda-t"] == strategy.aggregator.versions[-1].lambda_t
+    assert metrics["lambda-t"] == strategy.model.versions[-1].lambda_t
 
 
 def test_the_history_tells_every_merge_in_json():
@@ -310,7 +310,7 @@ def test_no_node_at_all_ends_the_run_empty_handed():
     strategy, result = start(LocalGrid({}), min_nodes=2)
     assert time.monotonic() - began < 3
     assert len(result.arrays) == 0
-    assert strategy.aggregator.versions == []
+    assert strategy.model.versions == []
 
 
 def test_it_waits_for_nodes_that_are_about_to_connect():

@@ -1,4 +1,4 @@
-"""The aggregator: one rule's global model and its versions. It knows nothing of transport."""
+"""One rule's global model and its versions, in memory: what simulations and offline merging need."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Version:
     absorb_seconds: float
 
 
-class Aggregator:
+class GlobalModel:
     """Merges vectors one by one into versions of one global model.
 
     Args:

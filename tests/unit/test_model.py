@@ -10,9 +10,9 @@ from fedmerge.common.base import Base
 from fedmerge.common.errors import NonFinite, UnknownLayer
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.common.vectorfile import to_bytes
-from fedmerge.server.aggregator import Aggregator
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge import RULES, make_rule
+from fedmerge.server.model import GlobalModel
 
 BASE = Base.from_checkpoint({"w": torch.zeros(6, 5), "b": torch.zeros(6)})
 
@@ -36,50 +36,50 @@ def unreadable(seed: int) -> TaskVector:
 
 
 @pytest.fixture(params=sorted(RULES))
-def aggregator(request) -> Iterator[Aggregator]:
+def model(request) -> Iterator[GlobalModel]:
     with LocalEngine(make_rule(request.param), BASE.layers.values(), workers=2) as engine:
-        yield Aggregator(BASE, engine)
+        yield GlobalModel(BASE, engine)
 
 
-def test_versions_are_numbered_from_one_and_say_who_and_what(aggregator):
-    first = aggregator.merge(vector(1), ["ward 7"])
-    second = aggregator.merge(vector(2), ["ward 8", "ward 9"])
-    assert [version.number for version in aggregator.versions] == [1, 2]
+def test_versions_are_numbered_from_one_and_say_who_and_what(model):
+    first = model.merge(vector(1), ["ward 7"])
+    second = model.merge(vector(2), ["ward 8", "ward 9"])
+    assert [version.number for version in model.versions] == [1, 2]
     assert (first.task, first.sites, first.examples) == ("task 1", ("ward 7",), 10)
     assert (second.task, second.sites, second.examples) == ("task 2", ("ward 8", "ward 9"), 20)
-    assert aggregator.versions == [first, second]
+    assert model.versions == [first, second]
     assert min(first.absorb_seconds, second.absorb_seconds) > 0
 
 
-def test_the_norms_are_those_of_the_vectors(aggregator):
+def test_the_norms_are_those_of_the_vectors(model):
     for seed in (1, 2, 3):
-        version = aggregator.merge(vector(seed))
+        version = model.merge(vector(seed))
         assert version.update_norm == pytest.approx(vector(seed).norm(), rel=1e-6)
-        assert version.merged_norm == pytest.approx(aggregator.merged().norm(), rel=1e-5)
+        assert version.merged_norm == pytest.approx(model.merged().norm(), rel=1e-5)
         assert version.scale * version.lambda_t == pytest.approx(1.0)
 
 
-def test_the_first_vector_alone_is_the_model_up_to_the_scale(aggregator):
-    version = aggregator.merge(vector(1))
-    for name, update in aggregator.merged().items():
+def test_the_first_vector_alone_is_the_model_up_to_the_scale(model):
+    version = model.merge(vector(1))
+    for name, update in model.merged().items():
         wanted = version.scale * vector(1).read(name).to_dense()
         assert torch.allclose(update.to_dense(), wanted, rtol=1e-6, atol=1e-7)
 
 
-def test_the_merged_vector_says_which_version_of_which_base_it_is(aggregator):
-    assert aggregator.merged().names == ()
+def test_the_merged_vector_says_which_version_of_which_base_it_is(model):
+    assert model.merged().names == ()
     for seed in (1, 2):
-        aggregator.merge(vector(seed))
-    manifest = aggregator.merged().manifest
+        model.merge(vector(seed))
+    manifest = model.merged().manifest
     assert (manifest.base, manifest.origin_version, manifest.task) == (BASE.fingerprint, 2, "merged")
 
 
-def test_preparing_changes_no_bit(aggregator):
+def test_preparing_changes_no_bit(model):
     for seed in (1, 2, 3):
-        aggregator.merge(vector(seed))
-    before = to_bytes(aggregator.merged())
-    aggregator.prepare()
-    assert to_bytes(aggregator.merged()) == before
+        model.merge(vector(seed))
+    before = to_bytes(model.merged())
+    model.prepare()
+    assert to_bytes(model.merged()) == before
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_preparing_changes_no_bit(aggregator):
     [(unreadable(9), NonFinite), (TaskVector.of({"other": torch.ones(2)}), UnknownLayer)],
     ids=["NaN in its second layer", "another layer"],
 )
-def test_a_failed_merge_leaves_model_and_versions_as_they_were(aggregator, bad, error):
-    aggregator.merge(vector(1))
-    before, versions = to_bytes(aggregator.merged()), list(aggregator.versions)
+def test_a_failed_merge_leaves_model_and_versions_as_they_were(model, bad, error):
+    model.merge(vector(1))
+    before, versions = to_bytes(model.merged()), list(model.versions)
     with pytest.raises(error):
-        aggregator.merge(bad)
-    assert to_bytes(aggregator.merged()) == before
-    assert aggregator.versions == versions
-    assert aggregator.merge(vector(2)).number == 2
+        model.merge(bad)
+    assert to_bytes(model.merged()) == before
+    assert model.versions == versions
+    assert model.merge(vector(2)).number == 2
 
 
-def test_every_layer_is_announced_when_it_is_done(aggregator):
+def test_every_layer_is_announced_when_it_is_done(model):
     done = []
-    aggregator.merge(vector(1), on_layer=done.append)
+    model.merge(vector(1), on_layer=done.append)
     assert sorted(done) == ["b", "w"]
