@@ -33,6 +33,7 @@
     ├── Unreachable               the other side does not answer
     ├── ConfigError               an unknown key, rule, or a value out of range
     └── EngineError               the engine could not finish; nothing was changed
+        └── FactorisationFailed   and never will, with these numbers
 
 A message says what, where, got, wanted, and what to do. It never contains tensor values.
 """
@@ -216,3 +217,7 @@ class ConfigError(FedmergeError):
 
 class EngineError(FedmergeError):
     """The engine could not finish; the model is as it was before."""
+
+
+class FactorisationFailed(EngineError):
+    """Linear algebra gave up on these numbers; trying again does not help."""

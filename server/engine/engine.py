@@ -11,15 +11,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from torch import Tensor
 
-from fedmerge.common.errors import EngineError, UnknownLayer
+from fedmerge.common.errors import FactorisationFailed, UnknownLayer
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import Dense, TaskVector
-from fedmerge.server.merge.rule import LayerSums, Rule, Totals
+from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals
 from fedmerge.server.merge.spectrum import LinAlgError
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
@@ -28,6 +29,23 @@ alone it raises that bound as it goes, and memory grows with its fragments."""
 
 OnLayer = Callable[[str], None]
 """Called with a layer's name when it is done; for progress bars."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One vector taken in, or out again if ``removing``."""
+
+    update: TaskVector
+    removing: bool = False
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step absorbed everywhere, and the engine's totals and touched layers once it is current."""
+
+    step: Step
+    totals: Totals
+    touched: frozenset[str]
 
 
 class Engine(ABC):
@@ -46,51 +64,108 @@ class Engine(ABC):
         self.threads = threads
         self.totals = Totals()
         self.touched: frozenset[str] = frozenset()
+        self._pending: Pending | None = None
 
     @property
     @abstractmethod
     def workers(self) -> int: ...
 
     def merge(self, update: TaskVector, on_layer: OnLayer = lambda _: None) -> Totals:
-        """Absorbs one task vector into every layer, all or nothing.
+        """Absorbs one task vector and makes it current at once. Arguments and errors as :meth:`absorb`."""
+        totals = self.absorb(update, on_layer)
+        self.commit()
+        return totals
+
+    def absorb(
+        self, update: TaskVector, on_layer: OnLayer = lambda _: None, *, removing: bool = False
+    ) -> Totals:
+        """Absorbs one task vector into every layer, pending until :meth:`commit`, all or nothing.
 
         Args:
             update: finite values with the layers' shapes; layers it does not name are unchanged.
                 Layers are read from it one at a time, and may be read again if a worker dies.
+            removing: takes the vector out instead; for rules that are ``order_free``.
 
         Returns:
-            The totals after the merge, also kept in :attr:`totals`.
+            The totals as they will be after the commit.
 
         Raises:
             UnknownLayer: the update names a layer this engine does not hold.
             FedmergeError: whatever reading a layer of the update raises.
             EngineError: a worker could not be replaced, or a factorisation failed. In every case the
-                model is as it was before.
+                model is as it was before, and nothing is pending.
         """
+        self.abandon()
         for name in update.names:
             if name not in self.layers:
                 raise UnknownLayer("not a layer of this engine", where=update.label, layer=name)
-        sums = self._absorb(update, on_layer)
-        totals = self.totals.after(sums[name] for name in self.layers)
-        self._finish()
-        self.totals, self.touched = totals, self.touched.union(update.names)
+        step = Step(update, removing)
+        found = self._absorb(step, on_layer)
+        sums = [found[name] for name in self.layers]
+        totals = self.totals.before(sums) if removing else self.totals.after(sums)
+        self._pending = Pending(step, totals, self.touched.union(update.names))
         return totals
+
+    def pending(self) -> TaskVector:
+        """The merged task vector as it will be after the commit; while nothing is pending, as it is."""
+        coming = self._pending
+        if coming is None:
+            return self.merged()
+        return self._vector(coming.touched, lambda name: self._read(name, coming.totals, pending=True))
+
+    def commit(self) -> None:
+        """Makes what is pending current; without anything pending it does nothing.
+
+        Raises:
+            EngineError: a worker could not be replaced; the model is as it was before.
+        """
+        coming = self._pending
+        if coming is None:
+            return
+        try:
+            self._finish(coming.step)
+        finally:
+            self._pending = None
+        self.totals, self.touched = coming.totals, coming.touched
+
+    def abandon(self) -> None:
+        """Drops what is pending; the model was never changed."""
+        if self._pending is not None:
+            self._pending = None
+            self._abandon()
+
+    def restore(self, read: Callable[[str], State], touched: Iterable[str], totals: Totals) -> None:
+        """Takes over a saved model and forgets everything else.
+
+        Args:
+            read: the state of one layer, asked for the touched ones in turn.
+        """
+        self.abandon()
+        self.touched, self.totals = frozenset(touched), totals
+        self._restore(read, [name for name in self.layers if name in self.touched])
 
     def merged(self) -> TaskVector:
         """The merged task vector, layers in the base's order, each read from the engine when asked for.
 
         Layers that no update has touched are listed as unchanged.
         """
-        names = tuple(name for name in self.layers if name in self.touched)
-        unchanged = tuple(name for name in self.layers if name not in self.touched)
+        return self._vector(self.touched, self.read_layer)
+
+    def read_layer(self, name: str) -> Tensor:
+        """The merged task vector of one layer, float32 in the layer's shape."""
+        return self._read(name, self.totals, pending=False)
+
+    def _vector(self, touched: frozenset[str], read: Callable[[str], Tensor]) -> TaskVector:
+        names = tuple(name for name in self.layers if name in touched)
+        unchanged = tuple(name for name in self.layers if name not in touched)
         shapes = {name: self.layers[name].shape for name in names}
         return TaskVector(
-            names, lambda name: Dense(self.read_layer(name)), unchanged, label=self.rule.name, shapes=shapes
+            names, lambda name: Dense(read(name)), unchanged, label=self.rule.name, shapes=shapes
         )
 
     @abstractmethod
-    def read_layer(self, name: str) -> Tensor:
-        """The merged task vector of one layer, float32 in the layer's shape."""
+    def state(self, name: str) -> State:
+        """A touched layer's current state, its tensors on the CPU; a copy is not promised."""
 
     @abstractmethod
     def prepare(self, wait: bool = False) -> None:
@@ -105,12 +180,24 @@ class Engine(ABC):
         """Ends the workers. Closing twice is harmless."""
 
     @abstractmethod
-    def _absorb(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
+    def _absorb(self, step: Step, on_layer: OnLayer) -> dict[str, LayerSums]:
         """Absorbs into pending states; on any error none is left behind."""
 
     @abstractmethod
-    def _finish(self) -> None:
-        """Makes the pending states current."""
+    def _finish(self, step: Step) -> None:
+        """Makes the pending states of a step current; on any error those of before are."""
+
+    @abstractmethod
+    def _abandon(self) -> None:
+        """Forgets pending states."""
+
+    @abstractmethod
+    def _read(self, name: str, totals: Totals, *, pending: bool) -> Tensor:
+        """The merged task vector of one layer, of the pending state if there is one and it is wanted."""
+
+    @abstractmethod
+    def _restore(self, read: Callable[[str], State], names: Iterable[str]) -> None:
+        """Takes over the states of these layers; all others are as if never touched."""
 
     def __enter__(self) -> Self:
         return self
@@ -127,7 +214,7 @@ def factorising(layer: str) -> Iterator[None]:
     try:
         yield
     except LinAlgError as error:
-        raise EngineError(
+        raise FactorisationFailed(
             f"the factorisation failed: {error}",
             layer=layer,
             do="The update was not merged; check its values for extreme ranges.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.machine import cores
-from fedmerge.common.taskvector import TaskVector
-from fedmerge.server.engine.engine import Engine, OnLayer
+from fedmerge.server.engine.engine import Engine, OnLayer, Step
 from fedmerge.server.engine.placement import cost
 from fedmerge.server.engine.shard import Shard
-from fedmerge.server.merge.rule import LayerSums, Rule
+from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals
 
 
 class LocalEngine(Engine):
@@ -56,8 +55,8 @@ class LocalEngine(Engine):
             for future in self._preparing.values():
                 future.result()
 
-    def read_layer(self, name: str) -> Tensor:
-        return self._shard.read(name, self.totals)
+    def state(self, name: str) -> State:
+        return self._shard.state(name)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -65,11 +64,11 @@ class LocalEngine(Engine):
             torch.set_num_threads(self._threads_before)
         self._closed = True
 
-    def _absorb(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
+    def _absorb(self, step: Step, on_layer: OnLayer) -> dict[str, LayerSums]:
         sums = {name: self._shard.untouched(name) for name in self.layers}
         futures = {
-            name: self._pool.submit(self._absorb_layer, name, update)
-            for name in self._costliest_first(update.names)
+            name: self._pool.submit(self._absorb_layer, name, step)
+            for name in self._costliest_first(step.update.names)
         }
         try:
             for name, future in futures.items():
@@ -85,14 +84,29 @@ class LocalEngine(Engine):
             raise
         return sums
 
-    def _absorb_layer(self, name: str, update: TaskVector) -> LayerSums:
+    def _absorb_layer(self, name: str, step: Step) -> LayerSums:
         preparing = self._preparing.pop(name, None)
         if preparing is not None and not preparing.cancel():
             preparing.result()
-        return self._shard.absorb(name, update.read(name))
+        return self._shard.absorb(name, step.update.read(name), step.removing)
 
-    def _finish(self) -> None:
+    def _finish(self, step: Step) -> None:
         self._shard.finish()
+
+    def _abandon(self) -> None:
+        self._shard.abandon()
+
+    def _read(self, name: str, totals: Totals, *, pending: bool) -> Tensor:
+        return self._shard.read(name, totals, pending)
+
+    def _restore(self, read: Callable[[str], State], names: Iterable[str]) -> None:
+        for future in self._preparing.values():
+            if not future.cancel():
+                future.exception()
+        self._preparing = {}
+        self._shard.clear()
+        for name in names:
+            self._shard.put(name, read(name))
 
     def _costliest_first(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: (-cost(self.layers[name]), name))

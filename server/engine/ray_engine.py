@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -35,11 +36,10 @@ from torch import Tensor
 
 from fedmerge.common.errors import ConfigError, EngineError, FedmergeError
 from fedmerge.common.layers import LayerSpec
-from fedmerge.common.taskvector import TaskVector
 from fedmerge.server.engine import placement
-from fedmerge.server.engine.engine import ALLOCATOR, Engine, OnLayer
+from fedmerge.server.engine.engine import ALLOCATOR, Engine, OnLayer, Step
 from fedmerge.server.engine.shard import Shard, as_update
-from fedmerge.server.merge.rule import LayerSums, Rule, Totals
+from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals, tensors_of
 
 IN_FLIGHT = 4
 """Layers on their way to one actor at a time."""
@@ -53,6 +53,9 @@ LOST = (ActorDiedError, ActorUnavailableError, RayActorError, ObjectLostError)
 
 Arrays = tuple[Any, ...]
 
+Exported = tuple[type[State], dict[str, Any]]
+"""A state as it travels: its type and its fields as arrays."""
+
 
 class ShardActor:
     """A shard behind array-valued calls; a plain class until Ray wraps it."""
@@ -62,9 +65,9 @@ class ShardActor:
         torch.backends.cuda.matmul.allow_tf32 = False
         self._shard = Shard(rule, layers, "cuda" if ray.get_gpu_ids() else "cpu")
 
-    def absorb(self, name: str, arrays: Arrays) -> LayerSums:
+    def absorb(self, name: str, arrays: Arrays, removing: bool) -> LayerSums:
         tensors = tuple(_tensor(array) for array in arrays)
-        return self._shard.absorb(name, as_update(tensors, self._shard.layers[name].shape))
+        return self._shard.absorb(name, as_update(tensors, self._shard.layers[name].shape), removing)
 
     def untouched(self, names: list[str]) -> list[LayerSums]:
         return [self._shard.untouched(name) for name in names]
@@ -79,22 +82,27 @@ class ShardActor:
         for name in self._shard.layers:
             self._shard.prepare(name)
 
-    def read(self, name: str, totals: Totals) -> Any:
-        return self._shard.read(name, totals).numpy()
+    def read(self, name: str, totals: Totals, pending: bool) -> Any:
+        return self._shard.read(name, totals, pending).numpy()
 
-    def export(self) -> dict[str, tuple[type, dict[str, Any]]]:
-        exported = self._shard.export().items()
-        return {
-            name: (kind, {f: t.numpy() for f, t in tensors.items()}) for name, (kind, tensors) in exported
-        }
+    def state(self, name: str) -> Exported:
+        state = self._shard.state(name)
+        return type(state), {field: tensor.numpy() for field, tensor in tensors_of(state).items()}
 
-    def restore(self, exported: Mapping[str, tuple[type, Mapping[str, Any]]]) -> None:
-        self._shard.restore(
-            {
-                name: (kind, {f: _tensor(a) for f, a in arrays.items()})
-                for name, (kind, arrays) in exported.items()
-            }
-        )
+    def clear(self) -> None:
+        self._shard.clear()
+
+    def put(self, name: str, exported: Exported) -> None:
+        self._shard.put(name, _state(exported))
+
+    def export(self) -> dict[str, Exported]:
+        """Every touched layer's state, enough for :meth:`restore`."""
+        return {name: self.state(name) for name in self._shard.states}
+
+    def restore(self, exported: Mapping[str, Exported]) -> None:
+        self._shard.clear()
+        for name, state in exported.items():
+            self._shard.put(name, _state(state))
 
     def whereabouts(self) -> dict[str, str | int]:
         """Process id, host and device, for logs and tests."""
@@ -115,7 +123,7 @@ class _Place:
     losses: int = 0
     exported: Any = None
     exporting: Any = None
-    since: deque[TaskVector] = field(default_factory=deque)
+    since: deque[Step] = field(default_factory=deque)
 
 
 @dataclass
@@ -139,10 +147,10 @@ class _Feed:
     def busy(self) -> bool:
         return bool(self.names or self.sent)
 
-    def send(self, update: TaskVector) -> None:
+    def send(self, step: Step) -> None:
         while self.names and len(self.sent) < IN_FLIGHT:
             name = self.names.popleft()
-            self.sent[self.place.actor.absorb.remote(name, _arrays(update, name))] = name
+            self.sent[_absorb(self.place, name, step)] = name
 
 
 class RayEngine(Engine):
@@ -180,7 +188,7 @@ class RayEngine(Engine):
         )
         self._places = [_Place(group, self._start(group)) for group in groups]
         self._place_of = {layer.name: place for place in self._places for layer in place.layers}
-        self._current: TaskVector | None = None
+        self._absorbed: Step | None = None
 
     @property
     def workers(self) -> int:
@@ -197,8 +205,8 @@ class RayEngine(Engine):
             for place in self._places:
                 self._call(place, "prepare")
 
-    def read_layer(self, name: str) -> Tensor:
-        return _tensor(self._call(self._place_of[name], "read", name, self.totals))
+    def state(self, name: str) -> State:
+        return _state(self._call(self._place_of[name], "state", name))
 
     def close(self) -> None:
         if ray.is_initialized():
@@ -206,17 +214,18 @@ class RayEngine(Engine):
                 ray.kill(place.actor)
         self._places = []
 
-    def _absorb(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
-        self._current = update
+    def _absorb(self, step: Step, on_layer: OnLayer) -> dict[str, LayerSums]:
         try:
-            return self._absorb_everywhere(update, on_layer)
+            sums = self._absorb_everywhere(step, on_layer)
         except BaseException:
             self._abandon()
             raise
+        self._absorbed = step
+        return sums
 
-    def _absorb_everywhere(self, update: TaskVector, on_layer: OnLayer) -> dict[str, LayerSums]:
+    def _absorb_everywhere(self, step: Step, on_layer: OnLayer) -> dict[str, LayerSums]:
         """Feeds every shard its layers, the costliest of each first, a few at a time."""
-        brought = frozenset(update.names)
+        brought = frozenset(step.update.names)
         sums: dict[str, LayerSums] = {}
         for place in self._places:
             kept = [layer.name for layer in place.layers if layer.name not in brought]
@@ -224,7 +233,7 @@ class RayEngine(Engine):
         feeds = [_Feed(place, brought) for place in self._places]
         while any(feed.busy for feed in feeds):
             for feed in feeds:
-                feed.send(update)
+                feed.send(step)
             done, _ = ray.wait([reference for feed in feeds for reference in feed.sent], num_returns=1)
             feed = next(feed for feed in feeds if done[0] in feed.sent)
             name = feed.sent.pop(done[0])
@@ -241,40 +250,56 @@ class RayEngine(Engine):
 
     def _abandon(self) -> None:
         """Nothing stays pending, also where an actor is dead or silent."""
-        self._current = None
+        self._absorbed = None
         for place in self._places:
             try:
                 _result(place.actor.abandon.remote())
             except LOST:
                 place.lost = True
 
-    def _finish(self) -> None:
-        update = self._current
-        assert update is not None
-        self._current = None
+    def _finish(self, step: Step) -> None:
         try:
             for place in self._places:
-                self._finish_place(place, update)
+                self._finish_place(place)
         except BaseException:
             for place in self._places:
                 place.lost = True  # some have finished: all go back to where they were
             raise
+        finally:
+            self._absorbed = None
         for place in self._places:
-            place.since.append(update)
+            place.since.append(step)
         for place in self._places:
             self._collect_export(place)
             if place.exporting is None:
                 place.exporting = len(place.since), place.actor.export.remote()
 
-    def _finish_place(self, place: _Place, update: TaskVector) -> None:
-        absorbed_by = place.actor
+    def _finish_place(self, place: _Place) -> None:
+        place.losses = 0
+        self._insist(place, lambda: _result(place.actor.finish.remote()))
 
-        def finish() -> None:
-            if place.actor is not absorbed_by:
-                self._absorb_alone(place, update)
-            _result(place.actor.finish.remote())
+    def _read(self, name: str, totals: Totals, *, pending: bool) -> Tensor:
+        return _tensor(self._call(self._place_of[name], "read", name, totals, pending))
 
-        self._insist(place, finish)
+    def _restore(self, read: Callable[[str], State], names: Iterable[str]) -> None:
+        """One layer at a time into every actor; what they export then is what they are rebuilt from."""
+        brought = frozenset(names)
+        for place in self._places:
+            place.since.clear()
+            place.exported = place.exporting = None
+            place.losses = 0
+            self._insist(place, partial(self._restore_place, place, read, brought))
+
+    def _restore_place(self, place: _Place, read: Callable[[str], State], brought: frozenset[str]) -> None:
+        _result(place.actor.clear.remote())
+        for layer in place.layers:
+            if layer.name in brought:
+                state = read(layer.name)
+                arrays = {field: tensor.numpy() for field, tensor in tensors_of(state).items()}
+                _result(place.actor.put.remote(layer.name, (type(state), arrays)))
+        exported = place.actor.export.remote()
+        ray.wait([exported], fetch_local=False)
+        place.exported = exported
 
     def _collect_export(self, place: _Place) -> None:
         """Takes over an export that has arrived; what it contains need not be replayed."""
@@ -301,16 +326,17 @@ class RayEngine(Engine):
         place.actor = self._start(place.layers)
         if place.exported is not None:
             _result(place.actor.restore.remote(place.exported))
-        for update in place.since:
-            self._absorb_alone(place, update)
+        for step in place.since:
+            self._absorb_alone(place, step)
             _result(place.actor.finish.remote())
+        if self._absorbed is not None:
+            self._absorb_alone(place, self._absorbed)
         place.lost = False
 
-    def _absorb_alone(self, place: _Place, update: TaskVector) -> None:
-        brought = frozenset(update.names)
+    def _absorb_alone(self, place: _Place, step: Step) -> None:
         for layer in place.layers:
-            if layer.name in brought:
-                _result(place.actor.absorb.remote(layer.name, _arrays(update, layer.name)))
+            if layer.name in step.update.names:
+                _result(_absorb(place, layer.name, step))
 
     def _call(self, place: _Place, method: str, *arguments: Any) -> Any:
         """One call that may be repeated on a new actor."""
@@ -407,8 +433,15 @@ def _gpus_per_actor(actors: int) -> float:
     return min(1.0, gpus / actors)
 
 
-def _arrays(update: TaskVector, name: str) -> Arrays:
-    return tuple(tensor.contiguous().numpy() for tensor in update.read(name).tensors())
+def _absorb(place: _Place, name: str, step: Step) -> Any:
+    """Sends one layer of a step to its actor; returns the reference to its sums."""
+    arrays = tuple(tensor.contiguous().numpy() for tensor in step.update.read(name).tensors())
+    return place.actor.absorb.remote(name, arrays, step.removing)
+
+
+def _state(exported: Exported) -> State:
+    kind, arrays = exported
+    return kind(**{field: _tensor(array) for field, array in arrays.items()})
 
 
 def _tensor(array: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -13,6 +13,8 @@ from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank
 from fedmerge.server.engine.engine import factorising
 from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals, tensors_of
+
+ALIGNMENT_BYTES = 64
 
 
 class Shard:
@@ -31,11 +33,14 @@ class Shard:
         self._prepared: dict[str, Any] = {}
         self._pending: dict[str, tuple[State, float]] = {}
 
-    def absorb(self, name: str, update: LayerUpdate) -> LayerSums:
-        """Absorbs one layer of an arrival, pending until :meth:`finish`."""
-        update = self._placed(_contiguous(update))
+    def absorb(self, name: str, update: LayerUpdate, removing: bool = False) -> LayerSums:
+        """Absorbs one layer of an arrival, or takes it out again, pending until :meth:`finish`."""
+        update = self._placed(_laid_out(update))
         with factorising(name):
-            state = self.rule.absorb(self._state(name), self._take_prepared(name), update)
+            if removing:
+                state = self.rule.remove(self._state(name), update)
+            else:
+                state = self.rule.absorb(self._state(name), self._take_prepared(name), update)
         sums = LayerSums(update.sum_of_squares(), state.sum_of_squares())
         self._pending[name] = state, sums.state_sq
         return sums
@@ -61,22 +66,30 @@ class Shard:
             with factorising(name):
                 self._prepared[name] = self.rule.prepare(self._state(name))
 
-    def read(self, name: str, totals: Totals) -> Tensor:
-        """The merged task vector of one layer, in the layer's shape, float32, on the CPU."""
-        return self.rule.read(self._state(name), totals).reshape(self.layers[name].shape).cpu()
+    def read(self, name: str, totals: Totals, pending: bool = False) -> Tensor:
+        """The merged task vector of one layer, in the layer's shape, float32, on the CPU.
 
-    def export(self) -> dict[str, tuple[type, dict[str, Tensor]]]:
-        """Every touched layer's state as its type and its tensors on the CPU, enough for :meth:`restore`."""
-        return {
-            name: (type(state), {field: tensor.cpu() for field, tensor in tensors_of(state).items()})
-            for name, state in self.states.items()
-        }
+        Args:
+            pending: of the state that :meth:`finish` will make current, where there is one.
+        """
+        coming = self._pending.get(name) if pending else None
+        state = self._state(name) if coming is None else coming[0]
+        return self.rule.read(state, totals).reshape(self.layers[name].shape).cpu()
 
-    def restore(self, exported: Mapping[str, tuple[type, Mapping[str, Tensor]]]) -> None:
-        """Takes over exported states and forgets everything else."""
-        self.states = {name: self._placed(kind(**tensors)) for name, (kind, tensors) in exported.items()}
-        self.squares = {name: state.sum_of_squares() for name, state in self.states.items()}
-        self._prepared, self._pending = {}, {}
+    def state(self, name: str) -> State:
+        """A touched layer's state with its tensors on the CPU."""
+        state = self.states[name]
+        return type(state)(**{field: tensor.cpu() for field, tensor in tensors_of(state).items()})
+
+    def clear(self) -> None:
+        """Every layer as if never touched."""
+        self.states, self.squares, self._prepared, self._pending = {}, {}, {}, {}
+
+    def put(self, name: str, state: State) -> None:
+        """Takes over one layer's state, as :meth:`state` gave it."""
+        self.states[name] = self._placed(state)
+        self.squares[name] = self.states[name].sum_of_squares()
+        self._prepared.pop(name, None)
 
     def _state(self, name: str) -> State:
         """A layer's state; one that no update has touched takes no memory between calls."""
@@ -98,9 +111,15 @@ class Shard:
         )
 
 
-def _contiguous(update: LayerUpdate) -> LayerUpdate:
-    """The update in the memory layout it would travel in; products depend on it in the last bits."""
-    return as_update(tuple(tensor.contiguous() for tensor in update.tensors()), update.shape)
+def _laid_out(update: LayerUpdate) -> LayerUpdate:
+    """The update in the memory layout it would have after travelling: products depend on strides and on
+    alignment in the last bits, and tensors mapped from a file are not aligned."""
+    return as_update(tuple(aligned(tensor.contiguous()) for tensor in update.tensors()), update.shape)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address as torch itself would give it."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
 
 
 def as_update(tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> LayerUpdate:

@@ -17,12 +17,16 @@ class Average(Rule):
 
     name: ClassVar[str] = "average"
     order_free: ClassVar[bool] = True
+    states: ClassVar[tuple[type, ...]] = (RunningSum,)
 
     def init(self, layer: LayerSpec) -> RunningSum:
         return RunningSum.zero(layer)
 
     def absorb(self, state: RunningSum, prepared: None, update: LayerUpdate) -> RunningSum:
         return state.plus(update)
+
+    def remove(self, state: RunningSum, update: LayerUpdate) -> RunningSum:
+        return state.minus(update)
 
     def scale(self, totals: Totals) -> float:
         return 1.0 / totals.merges if totals.merges else 0.0

@@ -111,6 +111,7 @@ class Opcm(Rule):
     """
 
     name: ClassVar[str] = "opcm"
+    states: ClassVar[tuple[type, ...]] = (RunningSum, MatrixSum, FactoredSum)
 
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     diagonal: Literal["cleared", "left"] = "cleared"

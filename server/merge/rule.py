@@ -82,6 +82,18 @@ class Totals:
             state_norm=sqrt(fsum(s.state_sq for s in sums)),
         )
 
+    def before(self, sums: Iterable[LayerSums]) -> Totals:
+        """The scalars once a vector has been taken out again; ``update_norm`` is then that vector's."""
+        sums = list(sums)
+        update_norm = sqrt(fsum(s.update_sq for s in sums))
+        merges = self.merges - 1
+        return Totals(
+            merges=merges,
+            norm_sum=max(self.norm_sum - update_norm, 0.0) if merges else 0.0,
+            update_norm=update_norm,
+            state_norm=sqrt(fsum(s.state_sq for s in sums)),
+        )
+
     @property
     def mean_norm(self) -> float:
         """Mean of the task vectors' norms; 0 before the first."""
@@ -96,6 +108,7 @@ class Rule(BaseModel, ABC):
         needs: statistics a site must send along with the task vector.
         order_free: whether the result is the same in any order of arrival.
         cadence: when it absorbs.
+        states: every type a layer's state may have; what can be saved and read back.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -104,6 +117,7 @@ class Rule(BaseModel, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     order_free: ClassVar[bool] = False
     cadence: ClassVar[Cadence] = Cadence.TASK
+    states: ClassVar[tuple[type, ...]]
 
     @abstractmethod
     def init(self, layer: LayerSpec) -> State:
@@ -116,6 +130,13 @@ class Rule(BaseModel, ABC):
     @abstractmethod
     def absorb(self, state: Any, prepared: Any, update: LayerUpdate) -> State:
         """The state after one more update of this layer, whose values are finite."""
+
+    def remove(self, state: Any, update: LayerUpdate) -> State:
+        """The state as if an update it has absorbed had never come, up to rounding.
+
+        Only rules that are ``order_free`` have one; for others the order is part of the result.
+        """
+        raise NotImplementedError(f"{self.name} depends on the order of its updates")
 
     @abstractmethod
     def scale(self, totals: Totals) -> float:

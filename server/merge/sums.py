@@ -30,6 +30,9 @@ class RunningSum:
     def plus(self, update: LayerUpdate) -> RunningSum:
         return RunningSum(added(self.sum_MN, update))
 
+    def minus(self, update: LayerUpdate) -> RunningSum:
+        return RunningSum(added(self.sum_MN, update.times(-1.0)))
+
     def read(self, scale: float) -> Tensor:
         return self.sum_MN * scale
 

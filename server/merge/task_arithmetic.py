@@ -22,6 +22,7 @@ class TaskArithmetic(Rule):
 
     name: ClassVar[str] = "task_arithmetic"
     order_free: ClassVar[bool] = True
+    states: ClassVar[tuple[type, ...]] = (RunningSum,)
 
     factor: float = Field(default=0.3, ge=0.0, le=2.0)
 
@@ -30,6 +31,9 @@ class TaskArithmetic(Rule):
 
     def absorb(self, state: RunningSum, prepared: None, update: LayerUpdate) -> RunningSum:
         return state.plus(update)
+
+    def remove(self, state: RunningSum, update: LayerUpdate) -> RunningSum:
+        return state.minus(update)
 
     def scale(self, totals: Totals) -> float:
         return self.factor if totals.merges else 0.0

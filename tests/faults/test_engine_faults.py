@@ -179,11 +179,11 @@ class TestKilledOnce:
         """The side effect happened, the caller does not know: it must not happen twice."""
         finish_place = engine._finish_place
 
-        def reply_lost(place: Any, update: TaskVector) -> None:
+        def reply_lost(place: Any) -> None:
             if place is engine._places[0] and not starts:
                 module.ray.get(place.actor.finish.remote())
                 kill(engine, 0)
-            finish_place(place, update)
+            finish_place(place)
 
         engine.merge(STREAM[0])
         monkeypatch.setattr(engine, "_finish_place", reply_lost)
@@ -197,10 +197,10 @@ class TestKilledOnce:
     ) -> None:
         finish_place = engine._finish_place
 
-        def kill_before_the_second(place: Any, update: TaskVector) -> None:
+        def kill_before_the_second(place: Any) -> None:
             if place is engine._places[1] and not starts:
                 kill(engine, victim)
-            finish_place(place, update)
+            finish_place(place)
 
         engine.merge(STREAM[0])
         monkeypatch.setattr(engine, "_finish_place", kill_before_the_second)
@@ -227,6 +227,20 @@ class TestKilledOnce:
             engine.merge(update)
         assert len(starts) == 1
         assert outcome(engine) == unbroken(*STREAM[:4])
+
+    @pytest.mark.parametrize("restored", [False, True], ids=["", "restored"])
+    def test_while_an_update_is_pending(self, engine: Any, restored: bool, starts: list[int]) -> None:
+        engine.merge(STREAM[0])
+        if restored:
+            states = {name: engine.state(name) for name in engine.touched}
+            engine.restore(states.__getitem__, states, engine.totals)
+        engine.absorb(STREAM[1])
+        kill(engine, 0)
+        pending = {name: update.to_dense() for name, update in engine.pending().items()}
+        engine.commit()
+        assert len(starts) == 1
+        assert outcome(engine) == unbroken(*STREAM[:2])
+        assert all(torch.equal(engine.read_layer(name), pending[name]) for name in pending)
 
     def test_while_the_merged_vector_is_read(self, engine: Any) -> None:
         engine.merge(STREAM[0])
@@ -291,11 +305,11 @@ class TestKilledForever:
             if finishing:
                 kill(engine, 1)
 
-        def finish(place: Any, update: TaskVector) -> None:
+        def finish(place: Any) -> None:
             if place is engine._places[1]:
                 finishing.append(1)
                 die()
-            finish_place(place, update)
+            finish_place(place)
 
         engine.merge(STREAM[0])
         monkeypatch.setattr(engine, "_finish_place", finish)

@@ -349,6 +349,86 @@ class EngineContract:
         gc.collect()
         assert held() is None
 
+    def test_pending_is_the_model_as_it_will_be(self, make_engine: MakeEngine, rule: Rule) -> None:
+        engine = make_engine(rule, LAYERS)
+        engine.merge(vector(0, without=["tall.weight"]))
+        before = Reference(rule).merge(vector(0, without=["tall.weight"]))
+        totals = engine.absorb(vector(1))
+        after = Reference(rule).merge(vector(0, without=["tall.weight"]), vector(1))
+        assert totals == after.totals
+        assert_same_bits({n: u.to_dense() for n, u in engine.pending().items()}, after.read())
+        assert engine.totals == before.totals
+        assert_same(engine, before)
+        engine.commit()
+        engine.commit()
+        assert_same(engine, after)
+
+    def test_abandoned_update_leaves_nothing(self, engine: Engine, reference: Reference) -> None:
+        engine.merge(vector(0))
+        engine.absorb(vector(1))
+        engine.abandon()
+        engine.abandon()
+        engine.commit()
+        assert_same(engine, reference.merge(vector(0)))
+        engine.merge(vector(2))
+        assert_same(engine, reference.merge(vector(2)))
+
+    def test_absorbing_again_replaces_what_was_pending(self, engine: Engine, reference: Reference) -> None:
+        engine.absorb(vector(1))
+        engine.absorb(vector(2, without=NAMES[:3]))
+        engine.commit()
+        assert_same(engine, reference.merge(vector(2, without=NAMES[:3])))
+
+    @pytest.mark.parametrize("rank", [None, 1])
+    def test_restored_engine_goes_on_with_the_same_bits(
+        self, make_engine: MakeEngine, rule: Rule, rank: int | None
+    ) -> None:
+        engine, again = make_engine(rule, LAYERS), make_engine(rule, LAYERS)
+        for seed in (0, 1):
+            engine.merge(vector(seed, rank=rank, without=["norm.bias"]))
+        again.merge(vector(7))
+        again.absorb(vector(8))
+        again.restore(engine.state, engine.touched, engine.totals)
+        assert digest(again) == digest(engine)
+        assert again.merged().unchanged == ("norm.bias",)
+        for each in (engine, again):
+            each.merge(vector(2, rank=rank))
+        assert again.totals == engine.totals
+        assert digest(again) == digest(engine)
+
+    def test_restoring_nothing_is_a_new_engine(self, engine: Engine, reference: Reference) -> None:
+        engine.merge(vector(0))
+        engine.prepare()
+        engine.restore(engine.state, (), Totals())
+        assert engine.merged().names == ()
+        engine.merge(vector(1))
+        assert_same(engine, reference.merge(vector(1)))
+
+    @pytest.mark.parametrize("name", ["average", "task_arithmetic"])
+    @pytest.mark.parametrize("rank", [None, 2])
+    def test_removing_leaves_what_the_others_give(
+        self, make_engine: MakeEngine, name: str, rank: int | None
+    ) -> None:
+        rule = make_rule(name)
+        engine, without = make_engine(rule, LAYERS), make_engine(rule, LAYERS)
+        for seed in (0, 1, 2):
+            engine.merge(vector(seed, rank=rank))
+            if seed != 1:
+                without.merge(vector(seed, rank=rank))
+        engine.absorb(vector(1, rank=rank), removing=True)
+        engine.commit()
+        assert engine.totals.merges == 2
+        for layer in NAMES:
+            torch.testing.assert_close(
+                engine.read_layer(layer), without.read_layer(layer), rtol=1e-5, atol=1e-5
+            )
+        engine.absorb(vector(0, rank=rank), removing=True)
+        engine.commit()
+        engine.absorb(vector(2, rank=rank), removing=True)
+        engine.commit()
+        assert engine.totals.merges == 0
+        assert not any(engine.read_layer(layer).any() for layer in NAMES)
+
     def test_closing_twice_is_harmless(self, engine: Engine) -> None:
         with engine:
             engine.merge(vector(0))

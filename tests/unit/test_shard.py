@@ -1,4 +1,4 @@
-"""A shard: pending until finished, forgotten when abandoned, rebuilt from what it exported."""
+"""A shard: pending until finished, forgotten when abandoned, rebuilt from saved states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fedmerge.common.taskvector import LowRank, TaskVector
 from fedmerge.server.engine.shard import Shard, as_update
 from fedmerge.server.merge import make_rule
-from fedmerge.server.merge.rule import LayerSums, Rule, Totals, tensors_of
+from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals, tensors_of
 
 TOTALS = Totals(merges=2, norm_sum=3.0, update_norm=1.5, state_norm=2.5)
 
@@ -47,14 +47,21 @@ def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
     return list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def copied(
-    exported: Mapping[str, tuple[type, Mapping[str, Tensor]]],
-) -> dict[str, tuple[type, dict[str, Tensor]]]:
-    """As if it had travelled: new memory, contiguous."""
-    return {
-        name: (kind, {field: torch.tensor(tensor.numpy()) for field, tensor in tensors.items()})
-        for name, (kind, tensors) in exported.items()
-    }
+def saved(shard: Shard) -> dict[str, State]:
+    """Every state as if it had travelled: new memory, contiguous."""
+
+    def copied(state: State) -> State:
+        fields = {field: torch.tensor(tensor.numpy()) for field, tensor in tensors_of(state).items()}
+        return type(state)(**fields)
+
+    return {name: copied(shard.state(name)) for name in shard.states}
+
+
+def restore(shard: Shard, states: Mapping[str, State]) -> Shard:
+    shard.clear()
+    for name, state in states.items():
+        shard.put(name, state)
+    return shard
 
 
 def test_absorbed_layers_are_pending_until_finished(rule: Rule) -> None:
@@ -110,8 +117,7 @@ def test_restored_shard_merges_the_next_vector_to_the_same_bits(
 ) -> None:
     first, second = vector(0, rank=rank), vector(1, rank=rank, without=NAMES[:2])
     shard = merged(rule, first, second)
-    again = Shard(rule, LAYERS)
-    again.restore(copied(shard.export()))
+    again = restore(Shard(rule, LAYERS), saved(shard))
     assert same(read(again), read(shard))
     for name in NAMES if prepared else ():
         again.prepare(name)
@@ -124,8 +130,7 @@ def test_restored_shard_merges_the_next_vector_to_the_same_bits(
 
 def test_restored_shard_knows_the_same_sums(rule: Rule) -> None:
     shard = merged(rule, vector(0, rank=1), vector(1, rank=1))
-    again = Shard(rule, LAYERS)
-    again.restore(copied(shard.export()))
+    again = restore(Shard(rule, LAYERS), saved(shard))
     assert [again.untouched(name) for name in NAMES] == [shard.untouched(name) for name in NAMES]
 
 
@@ -134,21 +139,20 @@ def test_layer_of_rank_zero_survives_a_round_trip(rule: Rule) -> None:
     rows, columns = layer.matrix_shape
     nothing = LowRank(torch.zeros(rows, 1), torch.zeros(1, columns), layer.shape)
     shard = merged(rule, TaskVector.of({layer.name: nothing}))
-    again = Shard(rule, LAYERS)
-    again.restore(copied(shard.export()))
+    again = restore(Shard(rule, LAYERS), saved(shard))
     assert not again.read(layer.name, TOTALS).any()
     assert absorb(again, vector(1)) == absorb(shard, vector(1))
 
 
 def test_restoring_forgets_what_was_pending_and_prepared(rule: Rule) -> None:
     shard = merged(rule, vector(0))
-    exported = copied(shard.export())
+    before = saved(shard)
     absorb(shard, vector(1))
     shard.finish()
     for name in NAMES:
         shard.prepare(name)
     absorb(shard, vector(2, without=NAMES[3:]))
-    shard.restore(exported)
+    restore(shard, before)
     shard.finish()
     assert same(read(shard), read(merged(rule, vector(0))))
     absorb(shard, vector(3))
@@ -163,19 +167,24 @@ def test_untouched_layers_hold_no_state(shard: Shard) -> None:
         shard.read(name, TOTALS)
     shard.finish()
     assert "tall.weight" not in shard.states
-    assert "tall.weight" not in shard.export()
     assert not shard.read("tall.weight", TOTALS).any()
 
 
-def test_exports_are_the_current_states_on_the_cpu(rule: Rule) -> None:
+def test_saved_states_are_the_current_ones(rule: Rule) -> None:
     shard = merged(rule, vector(0))
     absorb(shard, vector(1))
-    exported = shard.export()
-    assert set(exported) == set(NAMES)
-    for name, (kind, tensors) in exported.items():
-        assert kind is type(shard.states[name])
-        assert same(tensors, tensors_of(shard.states[name]))
-        assert {t.device.type for t in tensors.values()} == {"cpu"}
+    for name in NAMES:
+        assert same(tensors_of(shard.state(name)), tensors_of(shard.states[name]))
+        assert type(shard.state(name)) in rule.states
+
+
+def test_pending_states_can_be_read_before_they_are_current(rule: Rule) -> None:
+    shard = merged(rule, vector(0))
+    absorb(shard, vector(1, without=["tall.weight"]))
+    coming = {name: shard.read(name, TOTALS, pending=True) for name in shard.layers}
+    assert not same(read(shard), coming)
+    shard.finish()
+    assert same(read(shard), coming)
 
 
 def test_update_comes_back_from_its_tensors() -> None:
