@@ -160,7 +160,7 @@ class QuotaExceeded(LimitError):
 class Busy(LimitError):
     """The queue is full for now."""
 
-    retry_after = 5.0
+    retry_after = 2.0
 
 
 class StateError(FedmergeError):

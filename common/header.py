@@ -149,6 +149,9 @@ def _entries(start: bytes, text: bytes, label: str) -> dict[str, object]:
 def _metadata(found: object, label: str) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise UnsafeFile("the metadata is not an object of strings", where=label)
+    for key, value in found.items():
+        if any("\ud800" <= character <= "\udfff" for character in key + value):
+            raise UnsafeFile("the metadata has half a surrogate pair", where=label, got=ascii(key[:80]))
     return found
 
 

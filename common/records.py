@@ -67,7 +67,7 @@ class UpdateRecord:
         seq: 1, 2, ... in the order of acknowledgement, which is the order of merging.
         sha256, size: of the task vector file. ``kept``: whether its bytes are still there.
         examples: as admitted. ``norm``: ||tau||_2. ``version``: what it was merged as.
-        reason: why it failed or was rejected.
+        reason: why it is held, failed or was rejected; or who approved it.
     """
 
     seq: int

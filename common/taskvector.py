@@ -78,8 +78,10 @@ class LowRank:
         return (self.left_MR, self.right_RN)
 
     def sum_of_squares(self) -> float:
-        """||left @ right||_F^2 in float64 from the R x R Grams, without the product."""
+        """||left @ right||_F^2 in float64, from the R x R Grams or from the product, whichever is smaller."""
         left, right = self.left_MR.double(), self.right_RN.double()
+        if self.rank > min(left.shape[0], right.shape[1]):
+            return float((left @ right).square().sum())
         return max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0)
 
     def times(self, factor: float) -> LowRank:

@@ -1,6 +1,6 @@
 """Task vectors as safetensors files, on disk and on the wire.
 
-Tensors, float32 when written here:
+Tensors, float32 when written here unless bfloat16 is asked for:
 
     NAME            a dense layer, in the layer's own shape
     NAME#left       (M, R), with NAME#right (R, N): a low-rank layer; the scale is in the left factor
@@ -24,12 +24,13 @@ Legend of shape suffixes: M out rows, N in columns, R rank.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BytesIO
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from fedmerge.common.errors import (
     BadWeight,
     DtypeMismatch,
     FileError,
+    NonFinite,
     ShapeMismatch,
     UnsafeFile,
     VersionMismatch,
@@ -55,7 +57,7 @@ from fedmerge.common.header import (
 )
 from fedmerge.common.layers import FLOAT_DTYPES, describe, short_dtype
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, Manifest, TaskVector, require_mergeable
-from fedmerge.common.writing import replacing
+from fedmerge.common.writing import CODES, replacing
 
 FAMILY = "fedmerge.task_vector/"
 FORMAT = FAMILY + "1"
@@ -65,27 +67,33 @@ WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
 FINGERPRINT = re.compile(r"([0-9a-f]{64})?", re.ASCII)
 LONGEST_NUMBER = 10**13
 """More than any size or offset in bytes that is ever written: 10 TB."""
+BLOCK_BYTES = 2**20
+GRAM_RANK = 1024
+"""Two Gram matrices of this rank take 16 MiB, whatever the layer."""
 
 
-def save(vector: TaskVector, path: Path | str) -> int:
+def save(vector: TaskVector, path: Path | str, dtype: torch.dtype = torch.float32) -> int:
     """Writes a task vector, one layer in memory at a time, and returns the bytes written.
 
     The file appears under its name complete and on disk, or not at all: it is written beside it, synced
     and renamed over whatever was there.
 
+    Args:
+        dtype: of the payload, factors too: float32, or bfloat16, to which values are rounded to nearest even.
+
     Raises:
         FileError: the folder is missing or cannot be written, or a layer's name cannot be stored.
         BadWeight: an example count below 1.
-        NonFinite: a layer with NaN or infinities.
+        NonFinite: a layer with NaN or infinities, before or after rounding.
     """
     with replacing(Path(path)) as file:
-        return _write(vector, file)
+        return write(vector, file, dtype)
 
 
-def to_bytes(vector: TaskVector) -> bytes:
+def to_bytes(vector: TaskVector, dtype: torch.dtype = torch.float32) -> bytes:
     """The bytes that :func:`save` would write; the same errors but for the disk's."""
     stream = BytesIO()
-    _write(vector, stream)
+    write(vector, stream, dtype)
     return stream.getvalue()
 
 
@@ -128,31 +136,160 @@ def is_task_vector(path: Path | str) -> bool:
     return read_header(Path(path)).metadata.get("format", "").startswith(FAMILY)
 
 
+def scan(path: Path | str, max_block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[str, float]]:
+    """``||D||_F^2`` of every stored layer in float64, in one pass over the payload.
+
+    What :func:`load` and reading every layer would find out, without a layer in memory: one block of the
+    payload at a time, and both factors of a low-rank layer.
+
+    Args:
+        max_block_bytes: at least 8.
+
+    Yields:
+        name and squared norm of each layer, in the order of the payload.
+
+    Raises:
+        ShapeMismatch: a low-rank layer of a rank that :func:`check_rank` refuses.
+        NonFinite: a layer with NaN or infinities in float32, or factors whose product may overflow it.
+        FileError: and the errors of :func:`load`, for a file that is not one or changes meanwhile.
+    """
+    path = Path(path)
+    label, header = str(path), read_header(path)
+    vector = _open(label, header, tensor_reader(path))
+    with _BlockReader(path, header, max_block_bytes) as reader:
+        for name, shape in vector.shapes.items():
+            if name in header.layout:
+                yield name, _dense_square(reader, name, label)
+            else:
+                check_rank(header.layout[name + LEFT][0][1], shape, where=label, layer=name)
+                yield name, _low_rank_square(reader, name, shape, label)
+
+
+def check_rank(rank: int, shape: tuple[int, ...], *, where: str, layer: str) -> None:
+    """Refuses a rank whose Gram matrices would outgrow the layer: above its smaller side and above 1024.
+
+    A file of a few megabytes may otherwise ask for terabytes.
+
+    Raises:
+        ShapeMismatch: naming the layer, got rank and wanted rank.
+    """
+    most = max(GRAM_RANK, min(shape[0], prod(shape[1:])))
+    if rank > most:
+        raise ShapeMismatch(
+            "factors of a higher rank than the layer can have",
+            where=where,
+            layer=layer,
+            got=f"rank {rank}",
+            wanted=f"at most {most}",
+        )
+
+
+class _BlockReader:
+    """Reads tensors of a file block by block through one buffer; nothing is mapped.
+
+    Args:
+        max_block_bytes: size of the buffer. A block is valid until the next one is read.
+    """
+
+    def __init__(self, path: Path, header: Header, max_block_bytes: int) -> None:
+        self._path, self._header = path, header
+        self._buffer = bytearray(max_block_bytes // 8 * 8)
+
+    def __enter__(self) -> Self:
+        try:
+            self._file = self._path.open("rb", buffering=0)
+        except OSError as error:
+            raise FileError("cannot be read", where=self._path, got=error.strerror) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def blocks(self, part: str) -> Iterator[Tensor]:
+        """The values of a tensor in float32, flat, in order."""
+        dtype = self._header.layout[part][1]
+        begin, end = self._header.ranges[part]
+        for offset in range(begin, end, len(self._buffer)):
+            view = memoryview(self._buffer)[: end - offset]
+            self._fill(view, offset)
+            yield torch.frombuffer(self._buffer, dtype=dtype, count=len(view) // dtype.itemsize).float()
+
+    def whole(self, part: str) -> Tensor:
+        """A tensor in float32, in its own shape."""
+        shape = self._header.layout[part][0]
+        values = torch.empty(prod(shape), dtype=torch.float32)
+        filled = 0
+        for block in self.blocks(part):
+            values[filled : filled + len(block)] = block
+            filled += len(block)
+        return values.reshape(shape)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        while view:
+            try:
+                count = os.preadv(self._file.fileno(), [view], offset)
+            except OSError as error:
+                raise FileError("cannot be read", where=self._path, got=error.strerror) from error
+            if not count:
+                raise UnsafeFile("the file became shorter while it was read", where=self._path)
+            view, offset = view[count:], offset + count
+
+
+def _dense_square(reader: _BlockReader, name: str, label: str) -> float:
+    square = 0.0
+    for values in reader.blocks(name):
+        wide = values.double()
+        square += float(wide.dot(wide))
+    if not isfinite(square):
+        raise NonFinite("values that are not finite in float32", where=label, layer=name, wanted="none")
+    return square
+
+
+def _low_rank_square(reader: _BlockReader, name: str, shape: tuple[int, ...], label: str) -> float:
+    """From the R x R Grams, summed over blocks of rows and columns, so that no factor is widened whole."""
+    update = LowRank(reader.whole(name + LEFT), reader.whole(name + RIGHT), shape)
+    require_mergeable(update, where=label, layer=name)
+    left_RR, right_RR = _gram(update.left_MR), _gram(update.right_RN.T)
+    return max(float(left_RR.mul_(right_RR).sum()), 0.0)
+
+
+def _gram(tall_MR: Tensor) -> Tensor:
+    """``tall^T tall`` in float64."""
+    rows, rank = tall_MR.shape
+    gram_RR = torch.zeros(rank, rank, dtype=torch.float64)
+    step = max(1, BLOCK_BYTES // (8 * rank))
+    for start in range(0, rows, step):
+        wide_BR = tall_MR[start : start + step].double()
+        gram_RR.addmm_(wide_BR.T, wide_BR)
+    return gram_RR
+
+
 # Writing: the header needs every rank, known only once a layer is read. So room for the longest possible
 # header is left free, the payload follows, and the header is written last, padded with spaces.
 
 
-def _write(vector: TaskVector, stream: BinaryIO) -> int:
+def write(vector: TaskVector, file: BinaryIO, dtype: torch.dtype = torch.float32) -> int:
+    """Writes what :func:`save` writes into an open file that can seek, from its start; returns the bytes."""
     for name in (*vector.names, *vector.unchanged):
         check_name(name, vector.label)
         if "#" in name:
             raise FileError("a layer's name must not contain '#'", where=vector.label, layer=name)
     _manifest(_metadata(vector, {}), vector.label)
     room_bytes = _room(vector)
-    stream.seek(LENGTH_BYTES + room_bytes)
-    entries, low_rank = _write_payload(vector, stream)
+    file.seek(LENGTH_BYTES + room_bytes)
+    entries, low_rank = _write_payload(vector, file, dtype)
     header = _compact({"__metadata__": _metadata(vector, low_rank), **entries})
     assert len(header) <= room_bytes
-    total_bytes = stream.tell()
-    stream.seek(0)
-    stream.write(room_bytes.to_bytes(LENGTH_BYTES, "little") + header.ljust(room_bytes))
+    total_bytes = file.tell()
+    file.seek(0)
+    file.write(room_bytes.to_bytes(LENGTH_BYTES, "little") + header.ljust(room_bytes))
     return total_bytes
 
 
 def _room(vector: TaskVector) -> int:
     """Bytes that the header certainly fits in, a multiple of 8."""
     longest = [LONGEST_NUMBER] * 2
-    entry = {"dtype": "F32", "shape": longest, "data_offsets": longest}
+    entry = {"dtype": "BF16", "shape": longest, "data_offsets": longest}
     total = len(_compact({"__metadata__": _metadata(vector, {})}))
     for name in vector.names:
         dims = len(vector.shapes[name]) if name in vector.shapes else MAX_DIMS
@@ -167,23 +304,34 @@ def _compact(value: object) -> bytes:
 
 
 def _write_payload(
-    vector: TaskVector, stream: BinaryIO
+    vector: TaskVector, file: BinaryIO, dtype: torch.dtype
 ) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[int, ...]]]:
     entries: dict[str, dict[str, Any]] = {}
     low_rank: dict[str, tuple[int, ...]] = {}
     offset = 0
     for name, update in vector.items():
         parts = (name + LEFT, name + RIGHT) if isinstance(update, LowRank) else (name,)
-        require_mergeable(update, where=vector.label, layer=name)
+        stored = _rounded(update, dtype)
+        require_mergeable(stored, where=vector.label, layer=name)
         if isinstance(update, LowRank):
             low_rank[name] = update.shape
-        for part, tensor in zip(parts, update.tensors(), strict=True):
-            values = tensor_bytes(tensor.to(torch.float32))
-            stream.write(values)
+        for part, tensor in zip(parts, stored.tensors(), strict=True):
+            values = tensor_bytes(tensor)
+            file.write(values)
             end = offset + len(values)
-            entries[part] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+            entries[part] = {
+                "dtype": CODES[dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, end],
+            }
             offset = end
     return entries, low_rank
+
+
+def _rounded(update: LayerUpdate, dtype: torch.dtype) -> LayerUpdate:
+    if isinstance(update, LowRank):
+        return LowRank(update.left_MR.to(dtype), update.right_RN.to(dtype), update.shape)
+    return Dense(update.values.to(dtype))
 
 
 def _metadata(vector: TaskVector, low_rank: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

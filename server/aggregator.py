@@ -41,6 +41,7 @@ from fedmerge.common.errors import (
     FedmergeError,
     FileError,
     MismatchError,
+    NormExceeded,
     NotFound,
     NotKept,
     StateError,
@@ -59,7 +60,7 @@ from fedmerge.common.records import (
     VersionRecord,
     update_id,
 )
-from fedmerge.common.taskvector import Manifest
+from fedmerge.common.taskvector import Dense, LayerUpdate, Manifest
 from fedmerge.common.writing import replacing
 from fedmerge.server import snapshot
 from fedmerge.server.admission import (
@@ -72,6 +73,7 @@ from fedmerge.server.admission import (
     check_quota,
     check_site_name,
     check_size,
+    check_step,
     needs_approval,
 )
 from fedmerge.server.audit import Audit, Fact
@@ -298,8 +300,8 @@ class Aggregator:
         return self._ledger.refusals(limit)
 
     def approve(self, update: str, *, by: str) -> Receipt:
-        """Lets a held update in. Raises NotFound, StateError."""
-        self._ledger.set_state(update, UpdateState.STAGED, expect=UpdateState.HELD)
+        """Lets a held update in, however far it moves the model. Raises NotFound, StateError."""
+        self._ledger.set_state(update, UpdateState.STAGED, f"approved by {by}", expect=UpdateState.HELD)
         self._ledger.add_act(self._clock(), by, "approve", update)
         self._note("approved", by, update=update)
         self._notify()
@@ -591,6 +593,8 @@ class Aggregator:
         try:
             self._catch_up()
             self._merge(update)
+        except NormExceeded as error:
+            self._hold_back(update, error)
         except (FactorisationFailed, MismatchError, NotKept, StoreDamaged) as error:
             self._give_up(update, error)
         except FedmergeError as error:
@@ -606,6 +610,13 @@ class Aggregator:
         self._failing = f"{type(error).__name__}: {error}"
         self._pause = min(2 * self._pause or 1.0, LONGEST_PAUSE)
         logger.error("merging stands still, next attempt in %.0f s: %s", self._pause, self._failing)
+
+    def _hold_back(self, update: UpdateRecord, error: NormExceeded) -> None:
+        """The step it would be is larger than the limits allow to any update: an admin decides."""
+        self._engine.abandon()
+        logger.warning("update %s of %s waits for approval: %s", update.id, update.site, error)
+        self._ledger.set_state(update.id, UpdateState.HELD, str(error), expect=UpdateState.STAGED)
+        self._note("held", update.site, update=update.id, task=update.task, reason=str(error))
 
     def _give_up(self, update: UpdateRecord, error: FedmergeError) -> None:
         """The update itself cannot be merged, now or later; those behind it can."""
@@ -627,7 +638,7 @@ class Aggregator:
             site=update.site,
             examples=update.examples,
         )
-        version = self._store(draft, started)
+        version = self._store(draft, started, bounded=not update.reason)
         self._commit(version, lambda: self._ledger.commit_merge(version))
         self._make_current()
         self.metrics.took("commit", time.perf_counter() - committing)
@@ -708,18 +719,28 @@ class Aggregator:
             merged_norm=scale * totals.state_norm,
         )
 
-    def _store(self, draft: VersionRecord, started: float) -> VersionRecord:
-        """Writes the merged vector as it is about to be."""
-        blob = self._write_merged(draft.number)
+    def _store(self, draft: VersionRecord, started: float, *, bounded: bool = False) -> VersionRecord:
+        """Writes the merged vector as it is about to be; ``bounded`` refuses too large a step to it."""
+        blob = self._write_merged(draft.number, bounded)
         seconds = time.perf_counter() - started
         return replace(draft, sha256=blob.sha256, size=blob.size, seconds=round(seconds, 6))
 
-    def _write_merged(self, number: int) -> Blob:
+    def _write_merged(self, number: int, bounded: bool = False) -> Blob:
+        """Raises NormExceeded, leaving nothing, where ``bounded`` and a layer's step is out of bounds."""
         manifest = Manifest(base=self._fingerprint, origin_version=number, task="merged", site="server")
         vector = replace(self._engine.pending(), manifest=manifest)
+        if bounded:
+            vector = replace(vector, read=partial(self._bounded, vector.read))
         blob = self._blobs.write(lambda file: vectorfile.write(vector, file))
         self._intact[blob.sha256] = time.monotonic()
         return blob
+
+    def _bounded(self, read: Callable[[str], LayerUpdate], name: str) -> LayerUpdate:
+        """One layer of the coming version, if the step to it from the current one is within the limits."""
+        coming = read(name)
+        step = Dense(coming.to_dense() - self._engine.read_layer(name))
+        check_step(name, step.sum_of_squares(), self._norms, self.settings.limits)
+        return coming
 
     def _commit(self, version: VersionRecord, enter: Callable[[], None]) -> None:
         """One transaction; if it fails, files written for it go again."""

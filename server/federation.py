@@ -27,7 +27,7 @@ from fedmerge.common.score import Score, pooled
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.common.wire import EvaluateJob, Hello, TrainJob
-from fedmerge.server.admission import MAX_EXAMPLES, admit, weight
+from fedmerge.server.admission import LIMITS, MAX_EXAMPLES, BaseNorms, Limits, admit, weight
 from fedmerge.server.combine import add_vectors, combine
 from fedmerge.server.history import History
 from fedmerge.server.mailbox import Mailbox, Reply, Request
@@ -120,6 +120,7 @@ class Federation:
         models: one per rule, by the rule's name.
         config: the layout of the run.
         history: receives every event.
+        limits: how large a vector may be against the base.
     """
 
     def __init__(
@@ -131,8 +132,10 @@ class Federation:
         history: History,
         poll_seconds: float = 0.1,
         clock: Callable[[], float] = time.monotonic,
+        limits: Limits = LIMITS,
     ) -> None:
         self.base, self.models, self.config, self.history = base, models, config, history
+        self._norms, self._limits = BaseNorms.of(base), limits
         self._mailbox = Mailbox(grid, self._note_sent, clock)
         self._poll_seconds, self._clock = poll_seconds, clock
         self.sites: dict[int, Site] = {}
@@ -295,7 +298,7 @@ class Federation:
     def _admit(self, run: TaskRun, node: int, label: str, content: RecordDict, seconds: float) -> None:
         where = f"update of {label}"
         vector = wire.unpack_vector(content, wire.VECTOR, where=where)
-        admit(vector, self.base, task=run.task)
+        admit(vector, self.base, self._norms, self._limits, task=run.task)
         metrics: Mapping[str, object] = content.metric_records.get(wire.METRICS, {})
         examples = weight(metrics.get("num-examples"), where=where, cap=self.config.max_examples)
         # What is recorded and merged is what was admitted, not what the site claims in its file.

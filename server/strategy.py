@@ -34,7 +34,7 @@ from fedmerge.common.checkpoint import Checkpoint
 from fedmerge.common.errors import BadWeight, ConfigError, FedmergeError, FileError
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.taskvector import Manifest, TaskVector
-from fedmerge.server.admission import MAX_EXAMPLES, admit, weight
+from fedmerge.server.admission import LIMITS, MAX_EXAMPLES, BaseNorms, Limits, admit, weight
 from fedmerge.server.combine import combine
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.engine.local import LocalEngine
@@ -61,6 +61,7 @@ class ContinualMerging(Strategy):
         min_nodes: how many nodes to wait for at the first round, for at most ``wait_seconds``; a round
             then goes on with whoever is there.
         max_examples: cap of a self-reported count.
+        limits: how large a vector may be against the base.
         engine: where to merge, given the rule and the base; threads in this process by default,
             ``RayEngine`` for actors.
     """
@@ -74,12 +75,13 @@ class ContinualMerging(Strategy):
         min_nodes: int = 1,
         wait_seconds: float = 120.0,
         max_examples: int = MAX_EXAMPLES,
+        limits: Limits = LIMITS,
         engine: type[Engine] = LocalEngine,
     ) -> None:
         self.rule = make_rule(rule) if isinstance(rule, str) else rule
         self._kinds, self._private = dict(kinds or {}), tuple(private)
         self._min_nodes, self._wait_seconds, self._max_examples = min_nodes, wait_seconds, max_examples
-        self._engine = engine
+        self._limits, self._engine = limits, engine
         self._origin: ArrayRecord | None = None
         self._deadline = 0.0
         self.model: GlobalModel | None = None
@@ -182,7 +184,7 @@ class ContinualMerging(Strategy):
     def _register(self, arrays: ArrayRecord) -> None:
         tensors = _tensors(arrays, "initial arrays")
         base = Base.from_checkpoint(Checkpoint.of(tensors, "initial arrays"), self._kinds, self._private)
-        self._origin = arrays
+        self._origin, self._norms = arrays, BaseNorms.of(base)
         self.model = GlobalModel(base, self._engine(self.rule, base.layers.values()))
         self._deadline = time.monotonic() + self._wait_seconds
 
@@ -205,7 +207,7 @@ class ContinualMerging(Strategy):
         metrics = next(iter(reply.content.metric_records.values()), MetricRecord())
         examples = weight(metrics.get("num-examples"), where=where, cap=self._max_examples)
         vector = self._vector(reply.content, Manifest(base.fingerprint, 0, named, where, examples), where)
-        admit(vector, base, task=named)
+        admit(vector, base, self._norms, self._limits, task=named)
         return vector, examples
 
     def _vector(self, content: RecordDict, manifest: Manifest, where: str) -> TaskVector:

@@ -6,26 +6,54 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedmerge.client.site import Site
+from fedmerge.client.tasks import StreamOptions
 from fedmerge.common.base import Base
+from fedmerge.common.config import validated
 from fedmerge.common.errors import (
     BadWeight,
     BaseMismatch,
+    Busy,
+    ConfigError,
+    FileError,
     MismatchError,
     MissingLayer,
     NonFinite,
+    NormExceeded,
+    QuotaExceeded,
     ShapeMismatch,
+    TooLarge,
     UnknownLayer,
     VersionMismatch,
 )
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.taskvector import LowRank, Manifest, TaskVector
-from fedmerge.common.vectorfile import from_bytes, to_bytes
-from fedmerge.server.admission import FLOAT32_MAX, MAX_EXAMPLES, MOST_MERGES, admit, weight
+from fedmerge.common.vectorfile import from_bytes, save, to_bytes
+from fedmerge.deploy.streams.example import example
+from fedmerge.server.admission import (
+    FLOAT32_MAX,
+    LIMITS,
+    MAX_EXAMPLES,
+    MOST_MERGES,
+    BaseNorms,
+    Limits,
+    admit,
+    admit_update,
+    check_held,
+    check_queue,
+    check_quota,
+    check_site_name,
+    check_size,
+    needs_approval,
+    weight,
+)
 
 BASE = Base.from_checkpoint(
-    {"w": torch.zeros(4, 3), "b": torch.zeros(4), "head": torch.zeros(2, 4)}, {"head": LayerKind.PRIVATE}
+    {"w": torch.ones(4, 3), "b": torch.ones(4), "head": torch.ones(2, 4)}, {"head": LayerKind.PRIVATE}
 )
+NORMS = BaseNorms.of(BASE)
 SAYS = Manifest(BASE.fingerprint, 0, "plain", "ward 7", 12)
+WIDE = Limits(layer_ratio=1e40, total_ratio=1e40)
 
 
 def vector(manifest: Manifest = SAYS, unchanged=(), **layers) -> TaskVector:
@@ -40,11 +68,11 @@ def spiked(layer: str, place: int, value: float) -> TaskVector:
 
 
 def test_a_fitting_vector_is_let_in():
-    admit(vector(), BASE, task="plain")
-    admit(from_bytes(to_bytes(vector())), BASE, task="plain")
-    admit(vector(b=None, unchanged=["b"]), BASE, task="plain")
-    admit(vector(w=LowRank(torch.ones(4, 1), torch.ones(1, 3), (4, 3))), BASE, task="plain")
-    admit(vector(w=torch.zeros(4, 3), b=torch.zeros(4)), BASE, task="plain")
+    admit(vector(), BASE, NORMS, task="plain")
+    admit(from_bytes(to_bytes(vector())), BASE, NORMS, task="plain")
+    admit(vector(b=None, unchanged=["b"]), BASE, NORMS, task="plain")
+    admit(vector(w=LowRank(torch.ones(4, 1), torch.ones(1, 3), (4, 3))), BASE, NORMS, task="plain")
+    admit(vector(w=torch.zeros(4, 3), b=torch.zeros(4)), BASE, NORMS, task="plain")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +87,7 @@ def test_a_fitting_vector_is_let_in():
 )
 def test_a_vector_of_something_else_is_refused(changed, error, says):
     with pytest.raises(error, match=says) as caught:
-        admit(vector(replace(SAYS, **changed)), BASE, task="plain")
+        admit(vector(replace(SAYS, **changed)), BASE, NORMS, task="plain")
     assert str(caught.value).startswith("update of a: ")
 
 
@@ -79,7 +107,7 @@ def test_a_vector_of_something_else_is_refused(changed, error, says):
 )
 def test_layers_that_are_not_the_bases_are_refused_by_name(made, error, layer):
     with pytest.raises(error) as caught:
-        admit(made, BASE, task="plain")
+        admit(made, BASE, NORMS, task="plain")
     assert (caught.value.layer, caught.value.where) == (layer, "update of a")
 
 
@@ -87,7 +115,7 @@ def test_layers_that_are_not_the_bases_are_refused_by_name(made, error, layer):
 @pytest.mark.parametrize(("layer", "place"), [("w", 0), ("w", 11), ("b", 0), ("b", 3)])
 def test_one_value_that_is_not_finite_anywhere_is_refused(layer, place, value):
     with pytest.raises(NonFinite, match="update of a"):
-        admit(spiked(layer, place, value), BASE, task="plain")
+        admit(spiked(layer, place, value), BASE, NORMS, task="plain")
 
 
 @pytest.mark.parametrize(
@@ -101,15 +129,16 @@ def test_one_value_that_is_not_finite_anywhere_is_refused(layer, place, value):
 )
 def test_finite_values_whose_norm_overflows_are_refused(made):
     assert all(bool(torch.isfinite(t).all()) for _, u in made.items() for t in u.tensors())
-    with pytest.raises(NonFinite, match="overflows float32"):
-        admit(made, BASE, task="plain")
+    with pytest.raises(NonFinite, match=r"overflows? float32"):
+        admit(made, BASE, NORMS, WIDE, task="plain")
 
 
 def test_the_bound_of_the_norm_leaves_room_for_a_million_sums():
     bound = FLOAT32_MAX / MOST_MERGES
-    admit(vector(w=torch.zeros(4, 3), b=torch.tensor([0, 0, 0, bound * 0.999])), BASE, task="plain")
+    spike = torch.tensor([0, 0, 0, bound])
+    admit(vector(w=torch.zeros(4, 3), b=spike * 0.999), BASE, NORMS, WIDE, task="plain")
     with pytest.raises(NonFinite):
-        admit(vector(w=torch.zeros(4, 3), b=torch.tensor([0, 0, 0, bound * 1.001])), BASE, task="plain")
+        admit(vector(w=torch.zeros(4, 3), b=spike * 1.001), BASE, NORMS, WIDE, task="plain")
 
 
 @pytest.mark.parametrize(
@@ -140,3 +169,243 @@ def test_anything_else_than_a_whole_number_from_1_is_refused(given):
     with pytest.raises(BadWeight, match=r"^update of a: the example count") as caught:
         weight(given, where="update of a")
     assert caught.value.got == repr(given)
+
+
+# --- norms against the base ---
+
+
+def test_a_reference_norm_is_the_layers_own_or_that_of_typical_weights():
+    base = Base.from_checkpoint({"w": torch.full((2, 2), 3.0), "b": torch.zeros(4), "g": torch.ones(1)})
+    rms = math.sqrt(37 / 9)
+    norms = BaseNorms.of(base)
+    assert norms.total == pytest.approx(math.sqrt(37))
+    assert norms.layers == pytest.approx({"w": 6.0, "b": 2 * rms, "g": rms})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_norms_of_a_base_are_float64_whatever_it_is_stored_as(dtype):
+    base = Base.from_checkpoint({"w": torch.full((300, 300), 200.0, dtype=dtype)})
+    assert BaseNorms.of(base).total == pytest.approx(60_000.0, rel=1e-12)
+
+
+def test_private_layers_and_buffers_do_not_count():
+    told = {"w": torch.ones(4, 3), "head": torch.full((2, 2), 1e9), "steps": torch.tensor(10**9)}
+    norms = BaseNorms.of(Base.from_checkpoint(told, private=["head"]))
+    assert norms == BaseNorms({"w": math.sqrt(12)}, math.sqrt(12))
+
+
+def test_a_base_that_is_not_finite_is_no_measure():
+    with pytest.raises(NonFinite, match="layer 'w'"):
+        BaseNorms.of(Base.from_checkpoint({"w": torch.tensor([1.0, math.nan])}))
+
+
+def test_a_layer_passes_up_to_its_ratio_and_is_named_beyond_it():
+    limits = Limits(layer_ratio=2.0, total_ratio=100)
+    admit(vector(b=torch.full((4,), 2.0)), BASE, NORMS, limits, task="plain")
+    with pytest.raises(NormExceeded) as caught:
+        admit(vector(b=torch.full((4,), 2.002)), BASE, NORMS, limits, task="plain")
+    error = caught.value
+    assert (error.layer, error.got, error.wanted) == ("b", "2 times its norm", "at most 2 times")
+
+
+def test_layers_that_pass_may_be_too_large_together():
+    limits = Limits(layer_ratio=2.0, total_ratio=1.0)
+    admit(vector(), BASE, NORMS, limits, task="plain")
+    with pytest.raises(NormExceeded, match=r"got 1.5 times its norm, wanted at most 1 times") as caught:
+        admit(vector(w=torch.full((4, 3), 1.5), b=torch.full((4,), 1.5)), BASE, NORMS, limits, task="plain")
+    assert caught.value.layer is None
+
+
+def test_low_rank_layers_are_measured_by_their_product():
+    limits = Limits(layer_ratio=2.0, total_ratio=2.0)
+    small = LowRank(torch.full((4, 2), 1e6), torch.full((2, 3), 0.9e-6), (4, 3))
+    admit(vector(w=small), BASE, NORMS, limits, task="plain")
+    with pytest.raises(NormExceeded, match="layer 'w'"):
+        admit(vector(w=small.times(1.2)), BASE, NORMS, limits, task="plain")
+
+
+def test_of_a_base_of_zeros_only_the_zero_vector_is_let_in():
+    base = Base.from_checkpoint({"w": torch.zeros(3)})
+    norms = BaseNorms.of(base)
+    says = replace(SAYS, base=base.fingerprint)
+    admit(TaskVector.of({"w": torch.zeros(3)}, (), says), base, norms, task="plain")
+    with pytest.raises(NormExceeded, match="wanted none, for the base is zero"):
+        admit(TaskVector.of({"w": torch.full((3,), 1e-30)}, (), says), base, norms, task="plain")
+
+
+def test_training_from_scratch_is_let_in_with_room_to_spare():
+    stream = example(StreamOptions())
+    model = stream.build_model()
+    site = Site(stream, model, Base.from_model(model))
+    trained, _ = site.learn(site.task("plain", 0, 1, "iid", 0), seed=0, site="a")
+    norms = BaseNorms.of(site.base)
+    admit(trained, site.base, norms, task="plain")
+    twice = TaskVector.of({name: u.times(2.0) for name, u in trained.items()}, (), trained.manifest)
+    admit(twice, site.base, norms, task="plain")
+
+
+# --- updates as files ---
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "incoming.part"
+
+
+def test_an_update_is_admitted_under_the_site_that_sent_it_and_a_capped_count(path):
+    save(vector(replace(SAYS, examples=10**12)), path)
+    admitted = admit_update(path, BASE, NORMS, current_version=0, site="ward-7")
+    assert admitted.manifest == replace(SAYS, site="ward-7", examples=MAX_EXAMPLES)
+    assert admitted.examples == MAX_EXAMPLES
+    assert admitted.norm == 4.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_and_the_vector_in_it_are_admitted_alike(path, dtype):
+    torch.manual_seed(0)
+    made = vector(w=LowRank(torch.randn(4, 2), torch.randn(2, 3), (4, 3)), b=torch.randn(4))
+    save(made, path, dtype)
+    of_file = admit_update(path, BASE, NORMS, current_version=0, site="a")
+    of_vector = admit_update(from_bytes(path.read_bytes()), BASE, NORMS, current_version=0, site="a")
+    assert of_file.manifest == of_vector.manifest
+    assert of_file.norm == pytest.approx(of_vector.norm, rel=1e-12)
+
+
+def test_a_refusal_names_the_update_and_never_the_servers_file(path):
+    save(vector(b=torch.full((4,), 9.0)), path)
+    with pytest.raises(NormExceeded) as caught:
+        admit_update(path, BASE, NORMS, current_version=0, site="ward-7")
+    assert str(caught.value).startswith("update of ward-7, layer 'b': ")
+    assert str(path) not in str(caught.value)
+
+
+def test_a_missing_file_is_refused_like_any_other(path):
+    with pytest.raises(FileError, match="update of a: no such file"):
+        admit_update(path, BASE, NORMS, current_version=0, site="a")
+
+
+def test_an_update_may_be_as_large_as_the_limit_and_no_byte_larger(path):
+    size = save(vector(), path)
+    admit_update(path, BASE, NORMS, Limits(max_update_bytes=size), current_version=0, site="a")
+    with pytest.raises(TooLarge, match=f"got {size} bytes, wanted at most {size - 1}"):
+        admit_update(path, BASE, NORMS, Limits(max_update_bytes=size - 1), current_version=0, site="a")
+
+
+def test_cheap_checks_come_before_the_values_are_read(path, monkeypatch):
+    monkeypatch.setattr("os.preadv", lambda *_: pytest.fail("was read"))
+    save(vector(replace(SAYS, origin_version=9)), path)
+    with pytest.raises(VersionMismatch):
+        admit_update(path, BASE, NORMS, current_version=0, site="a")
+    save(vector(b=None), path)
+    with pytest.raises(MissingLayer):
+        admit_update(path, BASE, NORMS, current_version=0, site="a")
+
+
+@pytest.mark.parametrize(
+    ("staleness", "origin", "let_in"),
+    [
+        (None, 0, True),
+        (None, 5, False),
+        (0, 5, True),
+        (0, 4, False),
+        (2, 3, True),
+        (2, 2, False),
+        (2, 0, True),
+        (9, 1, True),
+        (9, 6, False),
+        (10**9, 10**18, False),
+    ],
+)
+def test_an_origin_is_the_base_or_recent_enough_and_never_in_the_future(staleness, origin, let_in):
+    made = vector(replace(SAYS, origin_version=origin))
+    limits = Limits(max_staleness=staleness)
+    if let_in:
+        admit_update(made, BASE, NORMS, limits, current_version=5, site="a")
+        return
+    with pytest.raises(VersionMismatch, match=f"got {origin}, wanted 0"):
+        admit_update(made, BASE, NORMS, limits, current_version=5, site="a")
+
+
+# --- what does not depend on the content ---
+
+
+def test_a_sites_share_of_a_day_is_used_up_by_count_or_by_bytes():
+    limits = Limits(updates_per_day=3, bytes_per_day=100)
+    check_quota(2, 90, 10, limits, "a")
+    with pytest.raises(QuotaExceeded, match="got 3 updates, wanted at most 3"):
+        check_quota(3, 0, 1, limits, "a")
+    with pytest.raises(QuotaExceeded, match="got 90 bytes and 11 more, wanted at most 100"):
+        check_quota(0, 90, 11, limits, "a")
+
+
+def test_what_no_day_has_room_for_is_not_asked_to_come_back():
+    with pytest.raises(TooLarge) as caught:
+        check_size(101, Limits(bytes_per_day=100), "a")
+    assert caught.value.retry_after is None
+
+
+@pytest.mark.parametrize("check", [check_queue, check_held])
+def test_a_full_queue_is_busy_and_says_when_to_come_back(check):
+    limits = Limits(max_queue=2, max_held=2)
+    check(1, limits)
+    with pytest.raises(Busy, match="got 2 updates, wanted fewer than 2") as caught:
+        check(2, limits)
+    assert caught.value.retry_after
+
+
+@pytest.mark.parametrize(
+    ("quarantine", "new", "known"), [("none", False, False), ("new-sites", True, False), ("all", True, True)]
+)
+def test_whose_updates_wait_for_approval(quarantine, new, known):
+    limits = Limits(quarantine=quarantine)
+    assert needs_approval(limits, new_site=True) is new
+    assert needs_approval(limits, new_site=False) is known
+
+
+@pytest.mark.parametrize("name", ["a", "Hospital-2", "0.ward_7", "x" * 64])
+def test_a_site_name_of_plain_characters_is_taken(name):
+    check_site_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "-rf",
+        "a/b",
+        "../a",
+        "a\\b",
+        "a b",
+        "a\n",
+        "a\0",
+        "é",
+        "٣",
+        "x" * 65,
+        "a\u202e",
+    ],
+)
+def test_a_site_name_that_could_be_a_path_or_hide_something_is_refused(name):
+    with pytest.raises(ConfigError, match="a malformed site name") as caught:
+        check_site_name(name)
+    assert str(caught.value).isprintable()
+
+
+def test_the_defaults_are_limits_and_every_limit_can_be_set():
+    given = {
+        "max_update_bytes": 1,
+        "max_examples": 1,
+        "layer_ratio": 0.5,
+        "total_ratio": 0.5,
+        "max_staleness": 0,
+        "updates_per_day": 1,
+        "bytes_per_day": 1,
+        "max_queue": 1,
+        "max_held": 1,
+        "quarantine": "new-sites",
+    }
+    assert validated(Limits, {}) == LIMITS
+    assert validated(Limits, given).model_dump() == given
+    assert set(given) == set(Limits.model_fields)

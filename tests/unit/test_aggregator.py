@@ -377,6 +377,43 @@ class TestQuarantine:
         (again,) = submit_all(aggregator, file(1))
         assert (again.state, again.again) == (UpdateState.REJECTED, True)
 
+    def test_an_update_whose_step_would_be_too_large_is_held_whatever_the_quarantine(
+        self, open_: Open, tmp_path: Path
+    ) -> None:
+        """P5: two vectors cancel but for a small layer, which OPCM scales up; a third one turns it round."""
+        base = Base.from_checkpoint(
+            {"embed.weight": torch.ones(40, 16), "norm.bias": torch.zeros(16), "b.weight": torch.ones(16, 16)}
+        )
+        large, small = torch.randn(40, 16), torch.full((16,), 1e-3)
+        large *= 1.9 * sum(base.read(n).square().sum() for n in base.layers) ** 0.5 / large.norm()
+        attack = [
+            {"embed.weight": large, "norm.bias": small},
+            {"embed.weight": -large, "norm.bias": small},
+            {"norm.bias": -3 * small},
+        ]
+        limits = Limits(layer_ratio=6.0)
+
+        def engine() -> Engine:
+            return LocalEngine(make_rule("opcm"), base.layers.values(), workers=1)
+
+        settings = AggregatorSettings(limits=limits)
+        with Aggregator.open(tmp_path / "state", base, engine, settings) as aggregator:
+            for number, layers in enumerate(attack):
+                path = tmp_path / f"{number}.safetensors"
+                unchanged = [name for name in base.layers if name not in layers]
+                manifest = Manifest(base.fingerprint, 0, f"task-{number}")
+                save(TaskVector.of(layers, unchanged, manifest), path)
+                aggregator.submit(path, site="ward-1")
+                assert aggregator.wait_until_merged(timeout=30)
+            assert aggregator.version().number < 3
+            held = [update for update in aggregator.updates() if update.state is UpdateState.HELD]
+            assert "the step to the next version, layer 'norm.bias'" in held[-1].reason
+            for update in held:
+                aggregator.approve(update.id, by="root")
+            assert aggregator.wait_until_merged(timeout=30)
+            assert aggregator.version().number == 3
+            assert aggregator.update(held[-1].id).reason == "approved by root"
+
     def test_approving_twice_or_nothing_is_refused(self, open_: Open, file: Any) -> None:
         aggregator = open_(limits=Limits(quarantine="all"))
         (receipt,) = submit_all(aggregator, file(1))

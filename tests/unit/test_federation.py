@@ -30,6 +30,7 @@ from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.deploy.offline import Workers, merge_files
 from fedmerge.deploy.streams.example import TASKS, TEST_ROWS, build_model, load_task
+from fedmerge.server.admission import Limits
 from fedmerge.server.combine import add_vectors, combine
 from fedmerge.server.merge import make_rule
 
@@ -250,7 +251,15 @@ def test_the_order_in_which_sites_of_one_task_answer_changes_no_bit(delays):
         Fault(13, wire.TRAIN, tamper=filled(-(2.0**60))),
     ]
     grid = LocalGrid({11 + turn: site("abc"[turn], rows=66) for turn in range(3)}, faults, clock=clock)
-    run = federate(grid, tasks=("plain",), sites_per_task=3, clock=clock, wait_seconds=100, evaluate=False)
+    run = federate(
+        grid,
+        tasks=("plain",),
+        sites_per_task=3,
+        clock=clock,
+        limits=Limits(layer_ratio=1e20, total_ratio=1e20),
+        wait_seconds=100,
+        evaluate=False,
+    )
     assert merged_bits(run) == merged_offline([combine([sent_vector(r) for r in grid.trained()], [22] * 3)])
     assert run.merged[0].learned_by == ["a", "b", "c"]
 

@@ -18,6 +18,7 @@ from fedmerge.common.errors import ConfigError
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.taskvector import LowRank, Manifest, TaskVector
 from fedmerge.common.vectorfile import to_bytes
+from fedmerge.server.admission import Limits
 from fedmerge.server.combine import combine
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge import make_rule
@@ -128,7 +129,7 @@ def test_low_rank_bytes_stay_low_rank_until_they_are_merged():
     def reply(seed: int) -> RecordDict:
         return RecordDict({"task-vector": wire.pack_vector(to_bytes(vector))})
 
-    _, result = start(LocalGrid({11: client(1, reply, "t")}))
+    _, result = start(LocalGrid({11: client(1, reply, "t")}), limits=Limits(total_ratio=3))
     assert_equal(result.arrays, by_hand([vector]))
 
 

@@ -1,6 +1,7 @@
 """Does a task vector survive its file, and does a file that lies about itself name the layer?"""
 
 import json
+import math
 
 import pytest
 import torch
@@ -261,3 +262,148 @@ def test_another_format_version_says_got_and_wanted():
 def test_malformed_metadata_are_refused(metadata):
     with pytest.raises(FileError, match="update 7f3a"):
         vectorfile.from_bytes(file_of(**metadata), "update 7f3a")
+
+
+# --- scan: what reading every layer would find out, a block at a time ---
+
+BLOCK = 64
+"""Bytes: small enough that every tensor here takes several blocks."""
+
+
+def written(tmp_path, data: bytes):
+    path = tmp_path / "u.safetensors"
+    path.write_bytes(data)
+    return path
+
+
+def test_scan_gives_the_squared_norm_of_every_layer_in_order(tmp_path):
+    path = written(tmp_path, vectorfile.to_bytes(vector()))
+    found = dict(vectorfile.scan(path, BLOCK))
+    assert list(found) == list(vectorfile.load(path).names)
+    for name, update in vector().items():
+        assert found[name] == pytest.approx(update.to_dense().double().square().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [8, BLOCK, 2**20])
+def test_scan_takes_every_float_type_whatever_the_block(tmp_path, dtype, block):
+    values = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    path = written(tmp_path, file_of({"w": values}))
+    ((name, square),) = vectorfile.scan(path, block)
+    assert name == "w"
+    assert square == pytest.approx(float(values.float().double().square().sum()), rel=1e-12)
+
+
+def test_scan_squares_values_whose_squares_overflow_float32(tmp_path):
+    path = written(tmp_path, file_of({"w": torch.full((5,), 1e30)}))
+    assert dict(vectorfile.scan(path))["w"] == pytest.approx(5e60, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40, 3, 30), (3, 40, 30), (5, 60, 5), (1, 2000, 1)])
+def test_scan_measures_a_product_of_any_rank_that_it_takes(tmp_path, shape, monkeypatch):
+    monkeypatch.setattr(vectorfile, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(vectorfile, "GRAM_RANK", 2000)
+    rows, rank, columns = shape
+    factors = LowRank(torch.randn(rows, rank), torch.randn(rank, columns), (rows, columns))
+    path = written(tmp_path, vectorfile.to_bytes(TaskVector.of({"w": factors})))
+    wanted = (factors.left_MR.double() @ factors.right_RN.double()).square().sum()
+    assert dict(vectorfile.scan(path))["w"] == pytest.approx(float(wanted), rel=1e-9)
+
+
+def test_scan_refuses_a_rank_that_no_layer_can_have(tmp_path):
+    tensors = {"w#left": torch.ones(2, 2000), "w#right": torch.ones(2000, 3)}
+    path = written(tmp_path, file_of(tensors, {"w": [2, 3]}))
+    with pytest.raises(ShapeMismatch, match=r"layer 'w': .* got rank 2000, wanted at most 1024"):
+        list(vectorfile.scan(path))
+
+
+SPOILED = {
+    "first": ({"v": torch.ones(50)}, {}, 0),
+    "in the middle": ({"v": torch.ones(50)}, {}, 31),
+    "last": ({"v": torch.ones(50)}, {}, 49),
+    "in the left factor": ({"v#left": torch.ones(50, 1), "v#right": torch.ones(1, 3)}, {"v": [50, 3]}, 17),
+    "in the right factor": ({"v#right": torch.ones(1, 50), "v#left": torch.ones(3, 1)}, {"v": [3, 50]}, 17),
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_scan_refuses_what_reading_refuses_in_the_same_words(tmp_path, spoiled, value):
+    tensors, low_rank, place = SPOILED[spoiled]
+    tensors = {name: values.clone() for name, values in tensors.items()}
+    next(iter(tensors.values())).view(-1)[place] = value
+    path = written(tmp_path, file_of({"a": torch.ones(3), **tensors}, low_rank))
+    with pytest.raises(NonFinite) as reading:
+        vectorfile.load(path).read("v")
+    with pytest.raises(NonFinite) as scanning:
+        list(vectorfile.scan(path, BLOCK))
+    assert (scanning.value.what, scanning.value.where, scanning.value.layer) == (
+        reading.value.what,
+        reading.value.where,
+        "v",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensors", "low_rank"),
+    [
+        ({"w": torch.tensor([1e39], dtype=torch.float64)}, None),
+        ({"w#left": torch.full((2, 1), 1e30), "w#right": torch.full((1, 3), 1e30)}, {"w": [2, 3]}),
+    ],
+    ids=["float64 beyond float32", "product of factors"],
+)
+def test_scan_refuses_what_overflows_float32_when_read(tmp_path, tensors, low_rank):
+    path = written(tmp_path, file_of(tensors, low_rank))
+    with pytest.raises(NonFinite, match="layer 'w'"):
+        list(vectorfile.scan(path))
+
+
+def test_scan_refuses_a_header_that_safetensors_would_refuse_later(tmp_path):
+    half_a_pair = file_of(site="@@@@@@").replace(b"@@@@@@", rb"\ud800")
+    with pytest.raises(UnsafeFile, match="half a surrogate pair"):
+        list(vectorfile.scan(written(tmp_path, half_a_pair)))
+
+
+def test_scan_of_a_file_that_shrinks_meanwhile_is_a_typed_error(tmp_path):
+    path = written(tmp_path, file_of({"v": torch.ones(50), "w": torch.ones(50)}))
+    found = vectorfile.scan(path, BLOCK)
+    next(found)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 100)
+    with pytest.raises(UnsafeFile, match="became shorter"):
+        next(found)
+
+
+# --- bfloat16 ---
+
+
+def test_a_vector_may_be_stored_in_bfloat16_at_half_the_bytes(tmp_path):
+    path = tmp_path / "u.safetensors"
+    assert vectorfile.save(vector(), path, torch.bfloat16) == path.stat().st_size
+    assert path.read_bytes() == vectorfile.to_bytes(vector(), torch.bfloat16)
+    assert {values.dtype for values in load_file(path).values()} == {torch.bfloat16}
+    back = vectorfile.load(path)
+    assert back.names == vector().names
+    for name, update in vector().items():
+        for mine, theirs in zip(back.read(name).tensors(), update.tensors(), strict=True):
+            assert mine.dtype is torch.float32
+            assert torch.equal(mine, theirs.to(torch.bfloat16).float())
+
+
+def test_bfloat16_rounds_to_nearest_and_ties_to_even():
+    step = 2.0**-7
+    given = torch.tensor([1 + step / 2, 1 + 3 * step / 2, 1 + step * 0.51, -1 - step / 2])
+    held = vectorfile.from_bytes(vectorfile.to_bytes(TaskVector.of({"w": given}), torch.bfloat16))
+    assert held.read("w").to_dense().tolist() == [1, 1 + 2 * step, 1 + step, -1]
+
+
+def test_a_value_that_bfloat16_rounds_to_infinity_is_not_written():
+    with pytest.raises(NonFinite, match="layer 'w'"):
+        vectorfile.to_bytes(TaskVector.of({"w": torch.tensor([3.4e38])}), torch.bfloat16)
+
+
+def test_an_open_file_takes_the_same_bytes(tmp_path):
+    with (tmp_path / "u").open("w+b") as file:
+        count = vectorfile.write(vector(), file)
+    assert (tmp_path / "u").read_bytes() == vectorfile.to_bytes(vector())
+    assert count == (tmp_path / "u").stat().st_size
