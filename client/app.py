@@ -5,33 +5,41 @@ Configured by the SuperNode's ``--node-config`` (or the run's config, or directl
 - ``stream``: where the site's tasks are, ``package.module:function`` or ``path/file.py:function``
 - ``site-name``: its label; ``held-tasks``: comma-separated names of the tasks it holds, all by default
 - ``seed``, ``rows``, ``device``, ``threads``
+- ``state``: a folder of this site alone, for what it keeps between messages; a server in serving mode
+  needs it. Only the node config can set it.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedmerge import __version__
+from fedmerge.client.loading import load_stream
 from fedmerge.client.site import Site, open_site
+from fedmerge.client.state import Result, SiteState
 from fedmerge.client.tasks import StreamOptions, Task
 from fedmerge.client.training import OnStep
 from fedmerge.common import wire
 from fedmerge.common.base import Base
 from fedmerge.common.config import listed
-from fedmerge.common.errors import BaseMismatch, ConfigError
+from fedmerge.common.errors import BaseMismatch, ConfigError, TooLarge
 from fedmerge.common.logs import log_to_stderr
+from fedmerge.common.ranges import MAX_MESSAGE_BYTES, RangeFile, RangeManifest
 from fedmerge.common.score import Score
 from fedmerge.common.sources import check_vector
 from fedmerge.common.taskvector import TaskVector
-from fedmerge.common.vectorfile import to_bytes
-from fedmerge.common.wire import EvaluateJob, Hello, TrainJob
+from fedmerge.common.vectorfile import load, to_bytes
+from fedmerge.common.wire import EvaluateJob, Greeting, Hello, Holding, PublishJob, ShardJob, TrainJob
 
 logger = logging.getLogger("fedmerge.client")
 
@@ -44,6 +52,7 @@ class SiteConfig:
         stream: the stream's spec. ``held``: names of the tasks this site holds; empty means all.
         label: the site's name in reports; by default its partition number or node id.
         rows: bound on training examples per task. ``threads``: torch threads of one message.
+        state: folder of what the site keeps; needed in serving mode.
     """
 
     stream: str
@@ -53,6 +62,7 @@ class SiteConfig:
     rows: int | None = None
     device: str = "auto"
     threads: int = 1
+    state: Path | None = None
 
 
 def make_client_app(config: SiteConfig | None = None) -> ClientApp:
@@ -66,19 +76,31 @@ def make_client_app(config: SiteConfig | None = None) -> ClientApp:
     @client.query("hello")
     def hello(message: Message, context: Context) -> Message:
         mine = config or site_config(context)
-        site = _open(mine)
-        held = mine.held or site.stream.tasks
-        reply = Hello(__version__, _label(mine, context), site.base.fingerprint, held)
-        return Message(RecordDict({wire.JOB: wire.pack_job(reply)}), reply_to=message)
+        return Message(_hello(mine, _label(mine, context), message.content), reply_to=message)
 
     @client.train()
     def train(message: Message, context: Context) -> Message:
         mine = config or site_config(context)
-        return Message(_train(mine, _label(mine, context), message.content), reply_to=message)
+        content = _train(mine, _label(mine, context), message.content)
+        if not _simulated(context):
+            _check_size(content)
+        return Message(content, reply_to=message)
 
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return Message(_evaluate(config or site_config(context), message.content), reply_to=message)
+
+    @client.query("publish")
+    def publish(message: Message, context: Context) -> Message:
+        return Message(_publish(config or site_config(context), message.content), reply_to=message)
+
+    @client.query("put_shard")
+    def put_shard(message: Message, context: Context) -> Message:
+        return Message(_put_shard(config or site_config(context), message.content), reply_to=message)
+
+    @client.query("get_shard")
+    def get_shard(message: Message, context: Context) -> Message:
+        return Message(_get_shard(config or site_config(context), message.content), reply_to=message)
 
     return client
 
@@ -97,6 +119,7 @@ def site_config(context: Context) -> SiteConfig:
             wanted="stream",
             do="Start the SuperNode with --node-config 'stream=\"my_site.tasks:stream\"'.",
         )
+    state = str(context.node_config.get("state", ""))  # the run's key of that name is the server's
     return SiteConfig(
         stream=str(given["stream"]),
         label=str(given.get("site-name", "")),
@@ -105,11 +128,71 @@ def site_config(context: Context) -> SiteConfig:
         rows=_whole(given, "rows"),
         device=str(given.get("device", "auto")),
         threads=_whole(given, "threads") or 1,
+        state=Path(state).expanduser() if state else None,
     )
+
+
+def _hello(config: SiteConfig, label: str, content: RecordDict) -> RecordDict:
+    greeting = _greeting(content)
+    state = _state(config) if greeting.serving else None
+    if state is not None:
+        _heed(state, greeting)
+    if state is not None and state.base and not greeting.check_base:
+        base, stream = state.base, load_stream(config.stream, _options(config))
+    else:
+        site = _open(config)
+        base, stream = site.base.fingerprint, site.stream
+    reply = Hello(__version__, label, base, config.held or stream.tasks)
+    if state is not None:
+        state.base, held = base, state.held
+        waiting = tuple(result.manifest.sha256 for result in state.results())
+        reply = replace(reply, holds=held.number, model=held.model, waiting=waiting)
+    return RecordDict({wire.JOB: wire.pack_job(reply)})
+
+
+def _greeting(content: RecordDict) -> Greeting:
+    """What the server said; of another version's words only which one it is: it will refuse this site."""
+    said = content.config_records.get(wire.JOB, ConfigRecord())
+    if said.get("version") != __version__:
+        return Greeting(str(said.get("version")))
+    return wire.unpack_job(Greeting, content, where="hello")
+
+
+def _heed(state: SiteState, greeting: Greeting) -> None:
+    """Forgets what the server has, and writes down what it refused."""
+    for found in greeting.acknowledged:
+        state.forget(found)
+    for found, reason in zip(greeting.refused, greeting.reasons, strict=False):
+        logger.warning("the server refused an update: %s", reason)
+        state.refuse(found, reason)
 
 
 def _train(config: SiteConfig, label: str, content: RecordDict) -> RecordDict:
     job = wire.unpack_job(TrainJob, content, where="train request")
+    if job.keep:
+        state = _state(config)
+        key = _key(config, job)
+        result = state.result(job.task, key)
+        if result is None:
+            vector, metrics = _learned(config, label, job, content)
+            result = state.keep(vector, key=key, metrics=metrics, range_bytes=job.range_bytes)
+        told, metrics = _told(state, result, job.message_bytes), result.metrics
+    else:
+        vector, metrics = _learned(config, label, job, content)
+        told = {wire.VECTOR: wire.pack_vector(to_bytes(vector))}
+    about = ConfigRecord({"task": job.task, "site": label})
+    return RecordDict({**told, wire.METRICS: MetricRecord(dict(metrics)), "update": about})
+
+
+def _told(state: SiteState, result: Result, message_bytes: int) -> dict[str, ArrayRecord | ConfigRecord]:
+    if result.manifest.size > message_bytes:
+        return {wire.MANIFEST: wire.pack_job(result.manifest)}
+    return {wire.VECTOR: wire.pack_vector(state.read(result))}
+
+
+def _learned(
+    config: SiteConfig, label: str, job: TrainJob, content: RecordDict
+) -> tuple[TaskVector, dict[str, int | float]]:
     site = _open(config)
     _check_base(job.base, site.base)
     origin = None
@@ -126,22 +209,73 @@ def _train(config: SiteConfig, label: str, content: RecordDict) -> RecordDict:
     )
     started = time.perf_counter()
     scores = site.score([task], device=config.device)
-    metrics = MetricRecord(
-        {
-            "num-examples": report.examples,
-            "train-loss": report.mean_loss,
-            "train-seconds": report.seconds,
-            "score-seconds": time.perf_counter() - started,
-            **wire.pack_scores({("fine-tuned", name): found for name, found in scores.items()}),
-        }
-    )
-    return RecordDict(
-        {
-            wire.VECTOR: wire.pack_vector(to_bytes(vector)),
-            wire.METRICS: metrics,
-            "update": ConfigRecord({"task": job.task, "site": label}),
-        }
-    )
+    return vector, {
+        "num-examples": report.examples,
+        "train-loss": report.mean_loss,
+        "train-seconds": report.seconds,
+        "score-seconds": time.perf_counter() - started,
+        **wire.scored({("fine-tuned", name): found for name, found in scores.items()}),
+    }
+
+
+def _key(config: SiteConfig, job: TrainJob) -> str:
+    """A hash of what a training depends on: the request, and where the data come from."""
+    asked = {k: v for k, v in asdict(job).items() if k not in ("keep", "message_bytes", "range_bytes")}
+    told = json.dumps([asked, config.stream, config.seed, config.rows], sort_keys=True)
+    return sha256(told.encode()).hexdigest()
+
+
+def _publish(config: SiteConfig, content: RecordDict) -> RecordDict:
+    job = wire.unpack_job(PublishJob, content, where="publish request")
+    state = _state(config)
+    metrics = MetricRecord()
+    if (state.held.number, state.held.model) != (job.version, job.model):
+        if wire.MANIFEST in content:
+            manifest = wire.unpack_job(RangeManifest, content, where="publish request", key=wire.MANIFEST)
+            arriving = RangeFile(state.incoming, manifest)
+            if arriving.missing:
+                held = state.held
+                return _holding(Holding(held.number, held.model, arriving.missing), metrics)
+            arrived = arriving.finish()
+        else:
+            arrived = state.write_incoming(wire.vector_bytes(content, wire.VECTOR, where="publish request"))
+        site = _open(config)
+        _check_base(job.base, site.base)
+        _checked(load(arrived), site.base)
+        state.install(arrived, number=job.version, model=job.model, dtype=job.dtype)
+        logger.info("version %d has arrived", job.version)
+    if job.tasks:
+        metrics = _score_version(config, state, job)
+    return _holding(Holding(job.version, job.model), metrics)
+
+
+def _score_version(config: SiteConfig, state: SiteState, job: PublishJob) -> MetricRecord:
+    site = _open(config)
+    started = time.perf_counter()
+    tasks = [site.task(name, 0, 1, "iid", job.seed) for name in job.tasks]
+    assert state.merged is not None, "this version has just been installed"
+    scores = site.score(tasks, load(state.merged), config.device)
+    found = wire.pack_scores({(wire.PUBLISHED, name): score for name, score in scores.items()})
+    return MetricRecord({"score-seconds": time.perf_counter() - started, **found})
+
+
+def _put_shard(config: SiteConfig, content: RecordDict) -> RecordDict:
+    job = wire.unpack_job(ShardJob, content, where="shard")
+    state = _state(config)
+    arriving = RangeFile.resume(state.incoming, job.sha256)
+    arriving.write(job.index, wire.vector_bytes(content, wire.RANGE, where="shard"))
+    held = state.held
+    return _holding(Holding(held.number, held.model, arriving.missing), MetricRecord())
+
+
+def _get_shard(config: SiteConfig, content: RecordDict) -> RecordDict:
+    job = wire.unpack_job(ShardJob, content, where="shard request")
+    data = _state(config).read_range(job.sha256, job.index)
+    return RecordDict({wire.JOB: wire.pack_job(job), wire.RANGE: wire.pack_vector(data)})
+
+
+def _holding(holding: Holding, metrics: MetricRecord) -> RecordDict:
+    return RecordDict({wire.JOB: wire.pack_job(holding), wire.METRICS: metrics})
 
 
 def _evaluate(config: SiteConfig, content: RecordDict) -> RecordDict:
@@ -194,9 +328,42 @@ def _check_base(theirs: str, base: Base) -> None:
 
 
 def _open(config: SiteConfig) -> Site:
+    """The site; its model is built once per process, its tasks are listed anew."""
     log_to_stderr()
     torch.set_num_threads(config.threads)
-    return open_site(config.stream, StreamOptions(config.seed, config.rows))
+    options = _options(config)
+    return replace(open_site(config.stream, options), stream=load_stream(config.stream, options))
+
+
+def _options(config: SiteConfig) -> StreamOptions:
+    return StreamOptions(config.seed, config.rows)
+
+
+def _state(config: SiteConfig) -> SiteState:
+    if config.state is None:
+        raise ConfigError(
+            "this site has no folder to keep versions and results in",
+            where="node config",
+            wanted="state",
+            do="Start the SuperNode with --node-config 'state=\"/var/lib/fedmerge/site\" ...'.",
+        )
+    return SiteState(config.state)
+
+
+def _simulated(context: Context) -> bool:
+    return "partition-id" in context.node_config
+
+
+def _check_size(content: RecordDict) -> None:
+    """Refuses what a SuperLink cannot pass on as one message."""
+    size = wire.bytes_in(content)
+    if size > MAX_MESSAGE_BYTES:
+        raise TooLarge(
+            "a task vector too large for one message",
+            got=f"{size} bytes",
+            wanted=f"at most {MAX_MESSAGE_BYTES}",
+            do='Run the server with mode="serve", which sends large vectors in ranges.',
+        )
 
 
 def _progress(label: str, task: str) -> OnStep:

@@ -1,17 +1,25 @@
 """What travels between server and sites, as Flower records.
 
-Three requests, each with a ``job`` record:
+Requests, each with a ``job`` record:
 
 ====================  ===========================================  ======================================
 message               server sends                                 site replies
 ====================  ===========================================  ======================================
-``query.hello``       software version                             software version, site, base, tasks
-``train``             task, origin version, round, seed, part      task vector, examples, accuracy, seconds
+``query.hello``       software version; in serving mode also       software version, site, base, tasks; in
+                      what became of the site's updates            serving mode also which version it
+                                                                   holds and which updates wait there
+``train``             task, origin version, round, seed, part      task vector or, if it is large, its
+                                                                   manifest; examples, accuracy, seconds
 ``evaluate``          tasks, merged vector of every rule           accuracy and examples by rule and task
+``query.publish``     a version's merged vector or, if it is       the version it holds now, ranges it
+                      large, its manifest; tasks to score          lacks; accuracy and examples by task
+``query.put_shard``   one range of a merged vector                 ranges it still lacks
+``query.get_shard``   which range of which update                  that range
 ====================  ===========================================  ======================================
 
-Vectors travel as the bytes of our task vector file in one array of its own type, because Flower's
-numpy arrays refuse bfloat16. Weights and data never travel.
+The last three belong to serving mode. Vectors travel as the bytes of our task vector file in one array
+of its own type, because Flower's numpy arrays refuse bfloat16; so do the ranges of a large file. Weights
+and data never travel.
 """
 
 from __future__ import annotations
@@ -24,6 +32,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedmerge.common.errors import MismatchError, VersionMismatch
+from fedmerge.common.ranges import MAX_MESSAGE_BYTES, RANGE_BYTES, RangeManifest
+from fedmerge.common.records import Dtype
 from fedmerge.common.score import Score
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import from_bytes
@@ -31,14 +41,41 @@ from fedmerge.common.vectorfile import from_bytes
 HELLO = "query.hello"
 TRAIN = "train"
 EVALUATE = "evaluate"
+PUBLISH = "query.publish"
+PUT_SHARD = "query.put_shard"
+GET_SHARD = "query.get_shard"
 
 STYPE = "fedmerge.safetensors"
 JOB, METRICS, VECTOR, ORIGIN = "job", "metrics", "task-vector", "origin"
 MERGED = "merged."
 """Prefix of the records that hold a rule's merged vector."""
+MANIFEST, RANGE = "manifest", "range"
+PUBLISHED = "merged"
+"""What scores of a published version are filed under, in place of a rule's name."""
 
 EXACT = ConfigDict(extra="forbid")
 """A job of another version, with fields this one does not know, is refused."""
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What the server says first, and again and again in serving mode.
+
+    Attributes:
+        version: of fedmerge. ``serving``: whether versions will be published to the site.
+        check_base: whether the site is to compute its base's fingerprint, or may repeat what it last was.
+        acknowledged: hashes of its updates that are durable at the server; it may forget them.
+        refused: hashes of those that are not let in; ``reasons``: why, in the same order.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = EXACT
+
+    version: str
+    serving: bool = False
+    check_base: bool = True
+    acknowledged: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +85,8 @@ class Hello:
     Attributes:
         version: of fedmerge; ``site``: its label; ``base``: fingerprint of its pretrained model;
         tasks: names of the tasks it holds data for.
+        holds: number of the merged version it has, 0 for none; ``model``: the hash that version has at
+            the server. ``waiting``: hashes of updates that it has not been told the fate of.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = EXACT
@@ -56,6 +95,9 @@ class Hello:
     site: str
     base: str
     tasks: tuple[str, ...]
+    holds: int = 0
+    model: str = ""
+    waiting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +110,8 @@ class TrainJob:
             round's vectors are added to it.
         seed: of the local run.
         part, parts: which share of the task's rows this site holds; ``partition``: how they are dealt.
+        keep: whether the site keeps the result until it is told that the server has it.
+        message_bytes: a larger result is kept and told by its manifest, in ranges of ``range_bytes``.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = EXACT
@@ -80,6 +124,9 @@ class TrainJob:
     part: int = 0
     parts: int = 1
     partition: str = "iid"
+    keep: bool = False
+    message_bytes: int = MAX_MESSAGE_BYTES
+    range_bytes: int = RANGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -100,16 +147,64 @@ class EvaluateJob:
     partition: str = "iid"
 
 
-Job = TypeVar("Job", TrainJob, EvaluateJob, Hello)
+@dataclass(frozen=True)
+class PublishJob:
+    """Keep this version as the current one, and score it on ``tasks``.
+
+    The merged vector comes with it. If a manifest comes instead, ranges follow as ``ShardJob`` and then
+    this message again, until the site lacks nothing.
+
+    Attributes:
+        version: its number; ``model``: its hash in the ledger; ``dtype``: of the vector as it is sent.
+        base: fingerprint it is measured from.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = EXACT
+
+    version: int
+    model: str
+    base: str
+    dtype: Dtype = "f32"
+    tasks: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One range of the file with this hash: sent with it, or asked for."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = EXACT
+
+    sha256: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a site has of what is published.
+
+    Attributes:
+        holds, model: as in ``Hello``. ``missing``: ranges that it lacks of the version on its way.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = EXACT
+
+    holds: int
+    model: str
+    missing: tuple[int, ...] = ()
+
+
+AnyJob = Greeting | Hello | TrainJob | EvaluateJob | PublishJob | ShardJob | Holding | RangeManifest
+Job = TypeVar("Job", Greeting, Hello, TrainJob, EvaluateJob, PublishJob, ShardJob, Holding, RangeManifest)
 
 
 def pack_vector(data: bytes) -> ArrayRecord:
-    """Bytes of a task vector file as a record."""
+    """Bytes of a task vector file, or of one of its ranges, as a record."""
     return ArrayRecord({"bytes": Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
 
 
 def vector_bytes(content: RecordDict, key: str, *, where: str) -> bytes:
-    """The bytes of a task vector in a message.
+    """The bytes of a task vector, or of one of its ranges, in a message.
 
     Raises:
         MismatchError: the record is missing or is not one array of our type.
@@ -131,18 +226,18 @@ def unpack_vector(content: RecordDict, key: str, *, where: str) -> TaskVector:
     return from_bytes(vector_bytes(content, key, where=where), label=where)
 
 
-def pack_job(job: TrainJob | EvaluateJob | Hello) -> ConfigRecord:
+def pack_job(job: AnyJob) -> ConfigRecord:
     """A job as scalars and lists."""
     return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in asdict(job).items()})
 
 
-def unpack_job(kind: type[Job], content: RecordDict, *, where: str) -> Job:
-    """The job in a message.
+def unpack_job(kind: type[Job], content: RecordDict, *, where: str, key: str = JOB) -> Job:
+    """The job in a message, or the manifest.
 
     Raises:
         MismatchError: the record is missing or has other fields.
     """
-    record = content.get(JOB)
+    record = content.get(key)
     brought = dict(record) if isinstance(record, ConfigRecord) else {}
     try:
         return TypeAdapter(kind).validate_python(brought)
@@ -158,11 +253,16 @@ def unpack_job(kind: type[Job], content: RecordDict, *, where: str) -> Job:
 
 def pack_scores(scores: Mapping[tuple[str, str], Score]) -> MetricRecord:
     """Scores by (rule, task)."""
-    record = MetricRecord()
+    return MetricRecord(dict(scored(scores)))
+
+
+def scored(scores: Mapping[tuple[str, str], Score]) -> dict[str, int | float]:
+    """Scores by (rule, task) as named numbers."""
+    found: dict[str, int | float] = {}
     for (rule, task), score in scores.items():
-        record[f"accuracy/{rule}/{task}"] = score.accuracy
-        record[f"examples/{rule}/{task}"] = score.examples
-    return record
+        found[f"accuracy/{rule}/{task}"] = score.accuracy
+        found[f"examples/{rule}/{task}"] = score.examples
+    return found
 
 
 def unpack_scores(

@@ -1,24 +1,37 @@
 """The Flower ServerApp: started by ``flwr run`` beside a SuperLink, or called directly in a simulation.
 
-Run-config keys, all optional but ``base``:
+Run-config keys, all optional but ``base``; a mode ignores the keys of the other:
 
+- ``mode``: ``tasks``, a run that ends when every task is merged, or ``serve``, one that does not end
 - ``base``: the pretrained model, a checkpoint or ``package.module:function`` that builds it;
   ``private``: comma-separated patterns of layers that never leave a site
-- ``rule``: comma-separated names, by default ``opcm``; ``NAME.OPTION``: a rule's option, as ``opcm.alpha``
+- ``rule``: comma-separated names, by default ``opcm``, one in mode ``serve``; ``NAME.OPTION``: a rule's
+  option, as ``opcm.alpha``
+- ``actors``, ``threads``, ``num-gpus``, ``ray-address``: see ``EngineConfig``
+- ``out``: folder for ``history.jsonl``, the final merged vectors, and what is on its way in mode ``serve``
+
+In mode ``tasks``:
+
 - ``tasks`` (comma-separated, in merging order), ``rounds``, ``sites-per-task``, ``partition``, ``seed``,
   ``min-sites``, ``wait-seconds``, ``timeout-seconds``, ``max-examples``, ``evaluate``: ``FederationConfig``
-- ``actors``, ``threads``, ``num-gpus``, ``ray-address``: see ``EngineConfig``
-- ``out``: folder for ``history.jsonl`` and the final merged vectors
+
+In mode ``serve``:
+
+- ``aggregator``: address of a running aggregation server, ``host:port`` or ``unix:/path``; ``base``, ``rule``
+  and the engine are then that server's. ``tls-ca``, ``tls-cert``, ``tls-key``: PEM files for it
+- ``state``: without an address, the folder of the aggregator in this process; by default in ``out``.
+  ``limits.NAME``, ``retention.NAME``: what it lets in and keeps
+- ``seed``, ``timeout-seconds``, ``evaluate`` and the other keys of ``ServingSettings``
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -26,24 +39,35 @@ from flwr.superlink.grid import InMemoryGrid
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedmerge.common.base import Base
-from fedmerge.common.config import listed, validated
+from fedmerge.common.config import Config, listed, validated
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.logs import log_to_stderr
 from fedmerge.common.lookup import find_function
+from fedmerge.common.records import AggregationService
 from fedmerge.common.vectorfile import save
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.engine.ray_engine import RayEngine, start_ray
 from fedmerge.server.federation import Federation, FederationConfig
 from fedmerge.server.history import Event, History
+from fedmerge.server.journal import Journal
 from fedmerge.server.merge import RULES, make_rule
 from fedmerge.server.merge.rule import Rule
 from fedmerge.server.model import GlobalModel
+from fedmerge.server.peers import ServingSettings
+from fedmerge.server.serving import Serving
 
 logger = logging.getLogger("fedmerge.server")
 
 RAY_START_SECONDS = 60.0
 POLL_SECONDS = 1.0
 """Between two looks at a SuperLink; a site answers in seconds at best."""
+SIMULATION_POLL_SECONDS = 0.1
+
+GATEWAY = "gateway"
+"""What this server calls itself before an aggregation server without TLS."""
+PATIENCE_SECONDS = 10.0
+"""For one call to an aggregation server that is away: the serving loop tries again, and looks after sites
+meanwhile."""
 
 
 class EngineConfig(BaseModel):
@@ -63,6 +87,37 @@ class EngineConfig(BaseModel):
     ray_address: str | None = None
 
 
+class ServiceConfig(BaseModel):
+    """Where the aggregation service of a serving run is.
+
+    Attributes:
+        aggregator: its address; None for one in this process, in the folder ``state``.
+        tls_ca, tls_cert, tls_key: PEM files to reach an address with; all three or none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    aggregator: str | None = None
+    state: Path | None = None
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+
+class RunConfig(BaseModel):
+    """What both modes are told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Literal["tasks", "serve"] = "tasks"
+    base: str = ""
+    private: str = ""
+    rule: str = "opcm"
+    out: Path = Path("fedmerge-out")
+
+
+CONFIGS = (RunConfig, EngineConfig, FederationConfig, ServiceConfig, ServingSettings)
+
 app = ServerApp()
 
 
@@ -71,21 +126,101 @@ def main(grid: Grid, context: Context) -> None:
     """One run with the settings of the run config."""
     given: dict[str, Any] = {key: value for key, value in context.run_config.items() if value != ""}
     log_to_stderr()
-    options = {name: _options_of(name, given) for name in RULES}
-    rules = [make_rule(name, options.get(name)) for name in listed(given.pop("rule", "opcm"))]
-    base = open_base(str(given.pop("base", "")), listed(given.pop("private", "")))
-    out = Path(str(given.pop("out", "fedmerge-out")))
+    options = {name: _options_of(name, given) for name in (*RULES, "limits", "retention")}
     given["tasks"] = listed(given.get("tasks", ""))
-    engines, federation = _split(given, EngineConfig, FederationConfig)
-    out.mkdir(parents=True, exist_ok=True)
-    history = History(_log)
+    settings = {key.replace("-", "_"): value for key, value in given.items()}
+    _check_known(settings)
+    run: RunConfig = _picked(RunConfig, settings)
+    engines: EngineConfig = _picked(EngineConfig, settings)
+    rules = [make_rule(name, options[name]) for name in listed(run.rule)]
+    run.out.mkdir(parents=True, exist_ok=True)
+    if run.mode == "serve":
+        service: ServiceConfig = _picked(ServiceConfig, settings)
+        bounds = {name: options[name] for name in ("limits", "retention")}
+        _serve(grid, run, rules, engines, service, bounds, _picked(ServingSettings, settings))
+    else:
+        _run_tasks(grid, run, rules, engines, _picked(FederationConfig, settings))
+
+
+def _run_tasks(
+    grid: Grid, run: RunConfig, rules: Sequence[Rule], engines: EngineConfig, config: FederationConfig
+) -> None:
+    base, history = open_base(run.base, listed(run.private)), History(_log)
     try:
         finished = run_federation(
-            grid, base, rules, federation, engines, history, lambda run: save_merged(run, out)
+            grid, base, rules, config, engines, history, lambda done: save_merged(done, run.out)
         )
     finally:
-        history.save(out / "history.jsonl")
-    logger.info("%d tasks merged; history and merged vectors are in %s", len(finished.merged), out)
+        history.save(run.out / "history.jsonl")
+    logger.info("%d tasks merged; history and merged vectors are in %s", len(finished.merged), run.out)
+
+
+def _serve(
+    grid: Grid,
+    run: RunConfig,
+    rules: Sequence[Rule],
+    engines: EngineConfig,
+    config: ServiceConfig,
+    bounds: Mapping[str, Any],
+    settings: ServingSettings,
+) -> None:
+    """Serves until Flower ends the run."""
+    journal = Journal(run.out / "history.jsonl", _log)
+    poll_seconds = SIMULATION_POLL_SECONDS if isinstance(grid, InMemoryGrid) else POLL_SECONDS
+    try:
+        with _service(grid, run, rules, engines, config, bounds) as (service, base):
+            Serving(grid, base, service, settings, journal, run.out / "serving", poll_seconds).run()
+    finally:
+        journal.close()
+
+
+@contextmanager
+def _service(
+    grid: Grid,
+    run: RunConfig,
+    rules: Sequence[Rule],
+    engines: EngineConfig,
+    config: ServiceConfig,
+    bounds: Mapping[str, Any],
+) -> Iterator[tuple[AggregationService, str]]:
+    """The aggregation service and the fingerprint of its base."""
+    if config.aggregator is not None:
+        with _remote(config.aggregator, config) as remote:
+            yield remote, remote.status().base
+        return
+    if len(rules) != 1:
+        raise ConfigError("a server merges under one rule", got=run.rule, wanted="one name under 'rule'")
+    base = open_base(run.base, listed(run.private))
+    with _embedded(config.state or run.out / "state", grid, base, rules[0], engines, bounds) as embedded:
+        yield embedded, base.fingerprint
+
+
+@contextmanager
+def _remote(address: str, config: ServiceConfig) -> Iterator[AggregationService]:
+    from fedmerge.common.remote import RemoteAggregator
+    from fedmerge.common.tls import TlsFiles, channel_credentials
+
+    files = {"ca": config.tls_ca, "cert": config.tls_cert, "key": config.tls_key}
+    given = {name: path for name, path in files.items() if path is not None}
+    if given and len(given) < len(files):
+        raise ConfigError(
+            "TLS needs all three files", got=[f"tls-{k}" for k in given], wanted="tls-ca, tls-cert, tls-key"
+        )
+    credentials = channel_credentials(validated(TlsFiles, given)) if given else None
+    with RemoteAggregator(address, credentials, site=GATEWAY, patience=PATIENCE_SECONDS) as remote:
+        yield remote
+
+
+@contextmanager
+def _embedded(
+    folder: Path, grid: Grid, base: Base, rule: Rule, engines: EngineConfig, bounds: Mapping[str, Any]
+) -> Iterator[AggregationService]:
+    from fedmerge.server.aggregator import Aggregator, AggregatorSettings
+
+    _start_ray(grid, engines)
+    settings = validated(AggregatorSettings, bounds)
+    with Aggregator.open(folder, base, lambda: _engine(rule, base, engines), settings) as aggregator:
+        yield aggregator
 
 
 def run_federation(
@@ -105,25 +240,27 @@ def run_federation(
     Raises:
         ConfigError: no usable site. EngineError: Ray cannot be reached, or actors keep dying.
     """
-    simulated = isinstance(grid, InMemoryGrid)
-    # In `flwr run`'s own simulation Flower starts Ray, beside this thread.
-    start_ray(engines.ray_address, wait=RAY_START_SECONDS if simulated else 0.0)
-
-    def engine(rule: Rule) -> Engine:
-        return RayEngine(
-            rule,
-            base.layers.values(),
-            actors=engines.actors,
-            threads=engines.threads,
-            num_gpus=engines.num_gpus,
-        )
-
+    _start_ray(grid, engines)
+    poll_seconds = SIMULATION_POLL_SECONDS if isinstance(grid, InMemoryGrid) else POLL_SECONDS
     with ExitStack() as stack:
-        models = {rule.name: GlobalModel(base, stack.enter_context(engine(rule))) for rule in rules}
-        federation = Federation(grid, base, models, config, history, 0.1 if simulated else POLL_SECONDS)
+        models = {
+            rule.name: GlobalModel(base, stack.enter_context(_engine(rule, base, engines))) for rule in rules
+        }
+        federation = Federation(grid, base, models, config, history, poll_seconds)
         federation.run()
         on_finished(federation)
     return federation
+
+
+def _start_ray(grid: Grid, engines: EngineConfig) -> None:
+    # In `flwr run`'s own simulation Flower starts Ray, beside this thread.
+    start_ray(engines.ray_address, wait=RAY_START_SECONDS if isinstance(grid, InMemoryGrid) else 0.0)
+
+
+def _engine(rule: Rule, base: Base, engines: EngineConfig) -> Engine:
+    return RayEngine(
+        rule, base.layers.values(), actors=engines.actors, threads=engines.threads, num_gpus=engines.num_gpus
+    )
 
 
 def open_base(spec: str, private: Sequence[str] = ()) -> Base:
@@ -151,27 +288,26 @@ def save_merged(federation: Federation, folder: Path) -> None:
 
 
 def _options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Takes a rule's options, ``NAME.OPTION``, out of the settings."""
+    """Takes options, ``NAME.OPTION``, out of the settings; empty ones stand for the default."""
     keys = [key for key in given if key.startswith(f"{name}.")]
-    return {key.removeprefix(f"{name}."): given.pop(key) for key in keys}
+    return {key.removeprefix(f"{name}.").replace("-", "_"): given.pop(key) for key in keys}
 
 
-def _split(given: Mapping[str, Any], first: type[BaseModel], second: type[BaseModel]) -> tuple[Any, Any]:
-    """Settings, in kebab case, validated into two configs; a key of neither is refused."""
-    settings = {key.replace("-", "_"): value for key, value in given.items()}
-    unknown = sorted(set(settings) - set(first.model_fields) - set(second.model_fields))
+def _check_known(settings: Mapping[str, Any]) -> None:
+    known = {name for config in CONFIGS for name in config.model_fields}
+    unknown = sorted(set(settings) - known)
     if unknown:
-        known = sorted({*first.model_fields, *second.model_fields, "base", "private", "rule", "out"})
         raise ConfigError(
             "unknown run-config key",
             got=unknown,
-            wanted=" or ".join(known),
+            wanted=" or ".join(sorted(known)),
             do=f"A rule's option is written RULE.OPTION; the rules are {', '.join(RULES)}.",
         )
-    return tuple(
-        validated(kind, {key: value for key, value in settings.items() if key in kind.model_fields})
-        for kind in (first, second)
-    )  # type: ignore[return-value]
+
+
+def _picked(kind: type[Config], settings: Mapping[str, Any]) -> Config:
+    """The config of one part, from the settings of all parts."""
+    return validated(kind, {key: value for key, value in settings.items() if key in kind.model_fields})
 
 
 def _log(event: Event) -> None:

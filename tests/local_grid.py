@@ -12,10 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -26,6 +28,7 @@ from fedmerge.common.base import Base
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.deploy.streams.example import build_model
+from fedmerge.server.admission import LIMITS, Limits
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.federation import Federation, FederationConfig
 from fedmerge.server.history import History
@@ -59,7 +62,7 @@ class Fault:
         nth: only the so-manieth message of that type to that node, from 1; None is every one.
         lost: it is never answered. ``error``: the node answers with this error.
         leaves: the node goes away while it works; Flower answers for it, under its own id.
-        delay: seconds until the reply can be pulled, by the grid's clock.
+        delay: seconds until the reply can be pulled, by the grid's clock. ``twice``: it comes twice.
         tamper: what becomes of the reply's content.
     """
 
@@ -70,6 +73,7 @@ class Fault:
     error: str = ""
     leaves: bool = False
     delay: float = 0.0
+    twice: bool = False
     tamper: Callable[[RecordDict], RecordDict] | None = None
 
     def strikes(self, message: Message, number: int) -> bool:
@@ -88,7 +92,7 @@ class LocalGrid(Grid):
         apps: connected from the start. ``faults``: all that strike a message take effect.
         late: node id to (messages pushed before it connects, its ClientApp).
         clock: of delays; one that stands still delivers nothing that is delayed.
-        config: node configs by node id.
+        config: node configs by node id. ``names``: what nodes are registered as, by node id.
 
     Attributes:
         pushed, replies: every message that left, and every reply that was made, in order.
@@ -102,16 +106,17 @@ class LocalGrid(Grid):
         late: Mapping[int, tuple[int, ClientApp]] | None = None,
         clock: Callable[[], float] | None = None,
         config: Mapping[int, dict[str, str | int | float | bool]] | None = None,
+        names: Mapping[int, str] | None = None,
     ) -> None:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SERVER
         self._apps, self._late, self._faults = dict(apps), dict(late or {}), faults
         self._clock = clock or FakeClock()
-        self._config = config or {}
+        self._config, self._names = config or {}, dict(names or {})
         self._contexts: dict[int, Context] = {}
         self._run = Run.create_empty(run_id=1)
         self._ids = count(1)
         self._seen: Counter[tuple[int, str]] = Counter()
-        self._waiting: dict[str, tuple[float, Message]] = {}
+        self._waiting: dict[str, list[tuple[float, Message]]] = {}
         self.pushed: list[Message] = []
         self.replies: list[Message] = []
 
@@ -132,15 +137,28 @@ class LocalGrid(Grid):
                 del self._late[node]
         return list(self._apps)
 
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, name=self._names.get(node, "")) for node in self.get_node_ids()]
+
+    def join(self, node: int, app: ClientApp, name: str = "") -> None:
+        """Connects a node, now or again."""
+        self._apps[node], self._names[node] = app, name
+
+    def leave(self, node: int) -> None:
+        """Disconnects a node, if it is connected."""
+        self._apps.pop(node, None)
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         return [self._push(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         now = self._clock()
-        due = [
-            number for number in message_ids if number in self._waiting and self._waiting[number][0] <= now
-        ]
-        return [self._waiting.pop(number)[1] for number in due]
+        found = []
+        for number in message_ids:
+            replies = self._waiting.get(number, [])
+            if replies and replies[0][0] <= now:
+                found.append(replies.pop(0)[1])
+        return found
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -161,7 +179,9 @@ class LocalGrid(Grid):
         reply = self._answer(message, faults)
         if not any(fault.lost for fault in faults):
             self.replies.append(reply)
-            self._waiting[to.message_id] = self._clock() + sum(fault.delay for fault in faults), reply
+            due = self._clock() + sum(fault.delay for fault in faults)
+            times = 2 if any(fault.twice for fault in faults) else 1
+            self._waiting[to.message_id] = [(due, reply)] * times
         return to.message_id
 
     def _answer(self, message: Message, faults: Sequence[Fault]) -> Message:
@@ -194,13 +214,20 @@ class LocalGrid(Grid):
             TaskIdentity.node_id = SERVER
 
 
-def site(label: str, *tasks: str, stream: str = "example", rows: int = ROWS) -> ClientApp:
+def site(
+    label: str, *tasks: str, stream: str = "example", rows: int = ROWS, state: Path | None = None
+) -> ClientApp:
     """A real ClientApp over the example stream that says it holds ``tasks``; all if none are named."""
-    return make_client_app(SiteConfig(stream, label, tasks, rows=rows, device="cpu"))
+    return make_client_app(SiteConfig(stream, label, tasks, rows=rows, device="cpu", state=state))
 
 
 def federate(
-    grid: Grid, *rules: str, clock: FakeClock | None = None, base: Base | None = None, **layout: object
+    grid: Grid,
+    *rules: str,
+    clock: FakeClock | None = None,
+    base: Base | None = None,
+    limits: Limits = LIMITS,
+    **layout: object,
 ) -> Federation:
     """A whole run over a grid's sites, each rule merged in this process."""
     base = base or Base.from_model(build_model())
@@ -211,7 +238,14 @@ def federate(
     models = {name: GlobalModel(base, engine) for name, engine in engines.items()}
     settings = {"wait_seconds": 1.0} | layout
     federation = Federation(
-        grid, base, models, FederationConfig(**settings), History(), poll_seconds=0.0, **time
+        grid,
+        base,
+        models,
+        FederationConfig(**settings),
+        History(),
+        poll_seconds=0.0,
+        limits=limits,
+        **time,
     )
     try:
         federation.run()

@@ -272,7 +272,7 @@ def test_an_aggregator_that_is_away_is_asked_less_and_less_often(tmp_path):
     bench = Bench(tmp_path)
     bench.service.down = Unreachable("connection refused")
     bench.step(200)
-    assert 6 <= len(bench.failures("aggregator")) <= 10
+    assert 15 <= len(bench.failures("aggregator")) <= 22
     assert bench.sent(wire.TRAIN) == 0
 
 
@@ -565,9 +565,9 @@ def weathers(folder, seed: int, trainings: list[tuple[str, str]]) -> list[str]:
     bench = Bench(folder, *faults_of(draw), timeout_seconds=200, attempts=50, **size)
     stormy(bench, draw)
     bench.until(lambda: everybody_joins(bench) and len(bench.learned()) >= 9, steps=3000)
-    for _ in range(50):
+    for _ in range(12):
         everybody_joins(bench)
-        bench.settle(30)
+        bench.settle(40)
     current = bench.service.version()
     wrong = [] if sorted(bench.learned()) == WANTED else ["updates"]
     wrong += [] if sorted(trainings) == WANTED else ["trainings"]
@@ -580,15 +580,16 @@ def weathers(folder, seed: int, trainings: list[tuple[str, str]]) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_after_any_storm_every_task_is_merged_once_and_every_site_up_to_date(tmp_path, seed, trainings):
     assert weathers(tmp_path, seed, trainings) == []
 
 
 def test_the_storm_finds_a_site_that_forgets_its_results(tmp_path, monkeypatch, trainings):
     monkeypatch.setattr(SiteState, "result", lambda self, task, key: None)
-    found = []
-    for seed in range(6):
+
+    def found(seed: int) -> list[str]:
         trainings.clear()
-        found += weathers(tmp_path / str(seed), seed, trainings)
-    assert "trainings" in found
+        return weathers(tmp_path / str(seed), seed, trainings)
+
+    assert any("trainings" in found(seed) for seed in range(6))

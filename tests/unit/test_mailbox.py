@@ -5,6 +5,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from local_grid import FakeClock, Fault, LocalGrid
 
+from fedmerge.common.errors import FileError
 from fedmerge.server.mailbox import Mailbox, Request
 
 TIMEOUT = 10.0
@@ -21,12 +22,14 @@ def echo() -> ClientApp:
     return app
 
 
-def request(node: int, key: str, built: list[str] | None = None, timeout: float = TIMEOUT) -> Request:
+def request(
+    node: int, key: str, built: list[str] | None = None, timeout: float = TIMEOUT, **options: object
+) -> Request:
     def content() -> RecordDict:
         (built if built is not None else []).append(key)
         return RecordDict({"ask": ConfigRecord({"key": key})})
 
-    return Request(node, "train", key, content, timeout)
+    return Request(node, "train", key, content, timeout, **options)
 
 
 def mailbox(*faults: Fault, nodes=(11, 12)) -> tuple[Mailbox, LocalGrid, FakeClock]:
@@ -203,3 +206,150 @@ def test_it_knows_who_is_connected(nodes):
     box, _, _ = mailbox(nodes=nodes)
     assert box.nodes() == set(nodes)
     assert box.idle
+
+
+# --- several messages under way ---
+
+
+def test_as_many_messages_are_under_way_as_the_requests_allow():
+    box, grid, clock = mailbox(Fault(11, delay=5.0))
+    for key in "abcde":
+        box.put(request(11, key, window=2))
+    sent = []
+    while not box.idle:
+        box.step()
+        sent.append(len(grid.pushed))
+        clock.now += 5.0
+    assert sent == [2, 4, 5, 5]
+
+
+def test_a_request_that_wants_the_node_for_itself_waits_until_it_is_alone_and_lets_nobody_join():
+    box, grid, clock = mailbox(Fault(11, delay=5.0))
+    box.put(request(11, "a", window=2))
+    box.put(request(11, "alone"))
+    box.put(request(11, "b", window=2))
+    box.step()
+    assert len(grid.pushed) == 1
+    clock.now += 5.0
+    assert [reply.request.key for reply in box.step()] == ["a"]
+    assert len(grid.pushed) == 2
+    box.step()
+    assert len(grid.pushed) == 2
+    clock.now += 5.0
+    box.step()
+    assert len(grid.pushed) == 3
+
+
+def test_a_node_is_busy_while_anything_is_queued_or_under_way():
+    box, _, clock = mailbox(Fault(11, delay=5.0))
+    box.put(request(11, "a"))
+    assert box.busy() == {11}
+    box.step()
+    assert box.busy() == {11}
+    clock.now += 5.0
+    box.step()
+    assert box.busy() == set()
+
+
+def test_of_bulky_replies_one_is_taken_at_a_time_and_small_ones_do_not_wait_for_it():
+    box, _, _ = mailbox(nodes=(11, 12, 13))
+    box.put(request(11, "a", bulky=True))
+    box.put(request(12, "b", bulky=True))
+    box.put(request(13, "small"))
+    assert [reply.request.key for reply in box.step()] == ["small", "a"]
+    assert [reply.request.key for reply in box.step()] == ["b"]
+
+
+def test_a_bulky_reply_that_does_not_come_holds_up_no_other():
+    box, _, _ = mailbox(Fault(11, lost=True))
+    box.put(request(11, "a", bulky=True))
+    box.put(request(12, "b", bulky=True))
+    assert [reply.request.key for reply in box.step()] == ["b"]
+
+
+# --- late replies ---
+
+
+def late_box(delay: float, **fault: object) -> tuple[Mailbox, LocalGrid, FakeClock]:
+    box, grid, clock = mailbox(Fault(11, nth=1, delay=delay, **fault))
+    box.put(request(11, "a", late=20.0))
+    box.step()
+    clock.now += TIMEOUT + 1
+    (reply,) = box.step()
+    assert reply.reason == "no reply within 10 s"
+    return box, grid, clock
+
+
+def test_a_late_reply_ends_its_request_a_second_time_and_holds_up_nothing():
+    box, _, clock = late_box(25.0)
+    assert box.idle
+    box.put(request(11, "b"))
+    assert [reply.request.key for reply in box.step()] == ["b"]
+    clock.now += 14
+    (reply,) = box.step()
+    assert (reply.request.key, reply.content["echo"]["key"], reply.seconds) == ("a", "a", 25.0)
+    assert box.step() == []
+
+
+def test_a_reply_that_is_later_than_that_is_ignored_and_no_longer_asked_for():
+    box, grid, clock = late_box(31.0)
+    clock.now += 20
+    box.step()
+    asked = []
+    grid.pull_messages = lambda ids: asked.extend(ids) or []
+    assert box.step() == []
+    assert asked == []
+
+
+def test_an_error_that_comes_late_says_nothing_new():
+    box, _, clock = late_box(15.0, error="no")
+    clock.now += 10
+    assert box.step() == []
+
+
+def test_flower_keeps_a_message_longer_than_it_is_asked_for():
+    box, grid, _ = mailbox()
+    box.put(request(11, "a", late=20.0))
+    box.step()
+    assert grid.pushed[0].metadata.ttl > TIMEOUT + 20
+
+
+# --- what cannot be sent ---
+
+
+def test_content_that_cannot_be_built_ends_the_request_with_the_reason():
+    def content() -> RecordDict:
+        raise FileError("has gone", where="version 3")
+
+    box, grid, _ = mailbox()
+    box.put(Request(11, "train", "a", content, TIMEOUT))
+    (reply,) = box.step()
+    assert (reply.content, reply.reason, reply.gone) == (None, "version 3: has gone", False)
+    assert grid.pushed == []
+
+
+def test_a_message_that_flower_gives_no_number_ends_with_a_reason():
+    box, grid, _ = mailbox()
+    grid.push_messages = lambda messages: [None]
+    box.put(request(11, "a"))
+    (reply,) = box.step()
+    assert reply.reason == "the message was not accepted"
+
+
+@pytest.mark.parametrize(
+    ("fault", "gone"), [({"leaves": True}, True), ({"error": "no"}, False), ({"lost": True}, False)]
+)
+def test_a_reply_tells_whether_it_is_missing_because_the_node_has_left(fault, gone):
+    box, _, clock = mailbox(Fault(11, **fault))
+    box.put(request(11, "a"))
+    replies = box.step()
+    clock.now += TIMEOUT + 1
+    (reply,) = replies or box.step()
+    assert reply.gone == gone
+    box.put(request(99, "b"))
+    assert [reply.gone for reply in box.step()] == [True]
+
+
+def test_it_knows_what_nodes_are_registered_as():
+    grid = LocalGrid({11: echo(), 12: echo()}, names={12: "hospital"})
+    assert Mailbox(grid).names() == {11: "", 12: "hospital"}

@@ -8,16 +8,25 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedmerge.common import wire
 from fedmerge.common.errors import MismatchError, UnsafeFile, VersionMismatch
+from fedmerge.common.ranges import RangeManifest
 from fedmerge.common.score import Score
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.common.vectorfile import to_bytes
-from fedmerge.common.wire import EvaluateJob, Hello, TrainJob
+from fedmerge.common.wire import EvaluateJob, Greeting, Hello, Holding, PublishJob, ShardJob, TrainJob
 
 HELLO = Hello("0.1.0", "ward 7", "f" * 64, ("plain", "reversed"))
 JOBS = [
     HELLO,
     Hello("0.1.0", "", "", ()),
     TrainJob("plain", "f" * 64, 2, 0, 7, 1, 3, "dirichlet:0.5"),
+    Greeting("0.1.0", True, False, ("a" * 64,), ("b" * 64,), ("layer 'w': NaN",)),
+    Greeting("0.1.0"),
+    Hello("0.1.0", "a", "f" * 64, ("plain",), 3, "c" * 64, ("d" * 64,)),
+    TrainJob("plain", "f" * 64, keep=True, message_bytes=1000, range_bytes=10),
+    PublishJob(3, "c" * 64, "f" * 64, "bf16", ("plain",), 7),
+    ShardJob("d" * 64, 4),
+    Holding(3, "c" * 64, (0, 2)),
+    Holding(0, ""),
     EvaluateJob(3, "f" * 64, 7, ("plain", "reversed"), (0, 1), (1, 2)),
 ]
 
@@ -39,6 +48,20 @@ def with_bytes(data: bytes, stype: str = wire.STYPE, key: str = "bytes") -> Reco
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: type(job).__name__)
 def test_jobs_come_back_as_they_were(job):
     assert wire.unpack_job(type(job), content_of(job), where="test") == job
+
+
+def test_a_manifest_comes_back_under_its_own_name():
+    manifest = RangeManifest(2500, "a" * 64, 1000, ("b" * 64, "c" * 64, "d" * 64))
+    content = RecordDict({wire.JOB: wire.pack_job(HELLO), wire.MANIFEST: wire.pack_job(manifest)})
+    assert wire.unpack_job(RangeManifest, content, where="test", key=wire.MANIFEST) == manifest
+
+
+@pytest.mark.parametrize("change", [{"size": 0}, {"hashes": ["b" * 64]}, {"sha256": "a"}])
+def test_a_manifest_that_lies_is_refused(change):
+    manifest = RangeManifest(2500, "a" * 64, 1000, ("b" * 64, "c" * 64, "d" * 64))
+    record = ConfigRecord({**wire.pack_job(manifest), **change})
+    with pytest.raises(MismatchError):
+        wire.unpack_job(RangeManifest, RecordDict({wire.JOB: record}), where="site a")
 
 
 def test_a_vector_comes_back_bit_for_bit():
@@ -79,7 +102,10 @@ def test_bytes_that_are_no_vector_are_refused_unread(data):
 )
 def test_a_hello_of_other_fields_or_types_is_refused(change):
     record = ConfigRecord({**wire.pack_job(HELLO), **change})
-    with pytest.raises(MismatchError, match=r"^node 3: not a Hello: .*'base', 'site', 'tasks', 'version'"):
+    with pytest.raises(
+        MismatchError,
+        match=r"^node 3: not a Hello: .*'base', 'holds', 'model', 'site', 'tasks', 'version', 'waiting'",
+    ):
         wire.unpack_job(Hello, RecordDict({wire.JOB: record}), where="node 3")
 
 
