@@ -11,7 +11,9 @@ from rich.console import Console
 
 from fedmerge import __version__
 from fedmerge.common.config import listed, validated
-from fedmerge.common.errors import ConfigError, FedmergeError
+from fedmerge.common.errors import ConfigError, EngineError, FedmergeError
+from fedmerge.deploy import certs, remote
+from fedmerge.deploy.launch import cli as launch
 
 app = typer.Typer(
     name="fedmerge",
@@ -23,11 +25,22 @@ app = typer.Typer(
 bench = typer.Typer(
     no_args_is_help=True, help="Measure speed and accuracy against a reference in the same run."
 )
+app.command("server")(launch.server)
+app.command("client")(launch.client)
+app.command("doctor")(launch.doctor)
+app.add_typer(remote.app)
+app.add_typer(certs.app, name="certs")
 app.add_typer(bench, name="bench")
 
 EXTRA_OF = {
     "ray": "server",
     "flwr": "server",
+    "grpc_health": "server",
+    "grpc_reflection": "server",
+    "prometheus_client": "server",
+    "grpc": "client",
+    "google": "client",
+    "cryptography": "client",
     "transformers": "sim",
     "flwr_datasets": "sim",
     "datasets": "sim",
@@ -207,6 +220,52 @@ def bench_opcm_command(
         typer.echo(result.model_dump_json(indent=2))
     else:
         print_bench(result, console)
+
+
+@bench.command("transport")
+def bench_transport_command(
+    shape: Annotated[str, typer.Option(help="vit-b-32 (350 MB), minilm or tiny.")] = "vit-b-32",
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    folder: Annotated[Path | None, typer.Option(help="Where both ends keep their files.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Push and pull over loopback gRPC against a bare stream of the same bytes; the memory of both ends."""
+    from fedmerge.deploy.bench.transport import bench_transport, print_transport
+
+    result = bench_transport(shape, repeats, folder, errors if as_json else console)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        print_transport(result, console)
+
+
+@bench.command("load")
+def bench_load_command(
+    updates: Annotated[int, typer.Option(min=10)] = 1000,
+    sites: Annotated[int, typer.Option(min=1, help="Sending at a time.")] = 50,
+    drops: Annotated[float, typer.Option(min=0, max=1, help="Share that breaks off and comes again.")] = 0.1,
+    duplicates: Annotated[float, typer.Option(min=0, max=1, help="Share sent before, by anybody.")] = 0.1,
+    malformed: Annotated[float, typer.Option(min=0, max=1, help="Share that must be refused.")] = 0.05,
+    kills: Annotated[int, typer.Option(min=0, help="How often the server is killed meanwhile.")] = 0,
+    shape: Annotated[str, typer.Option(help="tiny, minilm or vit-b-32.")] = "tiny",
+    rule: Annotated[str, typer.Option(help="Merge rule.")] = "opcm",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    figure: Annotated[Path | None, typer.Option(help="PNG of the server's memory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """A server under load, over gRPC: exact counts, latencies, memory; the same bits after kills."""
+    from fedmerge.deploy.bench.load import Load, bench_load, plot_load, print_load
+
+    plan = Load(updates, sites, drops, duplicates, malformed, kills, shape, rule, seed)
+    result = bench_load(plan, errors if as_json else console)
+    if figure is not None:
+        plot_load(result, figure)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        print_load(result, console)
+    if not result.passed:
+        raise EngineError("the server did not do what it should", got=f"{len(result.wrong)} differences")
 
 
 def parse_rules(names: str, settings: list[str], one: bool = False) -> list[Any]:

@@ -219,7 +219,7 @@ def _embedded(
 
     _start_ray(grid, engines)
     settings = validated(AggregatorSettings, bounds)
-    with Aggregator.open(folder, base, lambda: _engine(rule, base, engines), settings) as aggregator:
+    with Aggregator(folder, base, rule, lambda: _engine(rule, base, engines), settings) as aggregator:
         yield aggregator
 
 

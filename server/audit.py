@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import threading
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Self
 
 from fedmerge.common.errors import StoreDamaged, StoreFull
+
+logger = logging.getLogger("fedmerge.server")
 
 Fact = str | int | float | bool | None
 
@@ -91,6 +94,13 @@ class Audit:
             except OSError as error:
                 raise StoreFull("cannot be written", where=self._path, got=error.strerror) from error
             self._head = _digest(line)
+
+    def note(self, event: str, who: str, **facts: Fact) -> None:
+        """As :meth:`record`, for what has happened already and stands whether or not it can be written."""
+        try:
+            self.record(event, who, **facts)
+        except StoreFull as error:
+            logger.error("audit: %s", error)
 
     def close(self) -> None:
         """Further records raise StoreFull."""

@@ -67,7 +67,8 @@ def restore(engine: Engine, base: str, path: Path) -> None:
     """Brings an engine to the state in a file whose bytes have been verified.
 
     Raises:
-        MismatchError: written for another base or rule. StoreDamaged: not a snapshot.
+        MismatchError: written for another base or rule. StoreDamaged: not a snapshot; the engine's state is
+            then undefined until it is restored from another.
     """
     metadata = read_header(path).metadata
     _check(metadata, path, base, engine.rule)
@@ -83,6 +84,8 @@ def restore(engine: Engine, base: str, path: Path) -> None:
             found: State = kind(**{field: read(f"{name}#{field}").clone() for field in _fields(kind)})
             return found
 
+        if not kinds.keys() <= engine.layers.keys():
+            raise KeyError(*kinds.keys() - engine.layers.keys())
         engine.restore(state, kinds, totals)
     except (KeyError, TypeError, ValueError, UnsafeFile) as error:
         raise StoreDamaged("not a snapshot of this engine", where=path, got=repr(error)) from error

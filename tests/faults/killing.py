@@ -25,6 +25,7 @@ from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.common.vectorfile import save
 from fedmerge.server.aggregator import Aggregator, AggregatorSettings
 from fedmerge.server.engine.local import LocalEngine
+from fedmerge.server.intake import Intake
 from fedmerge.server.merge import make_rule
 from fedmerge.server.retention import Retention
 from fedmerge.server.store.disk import Disk
@@ -65,10 +66,12 @@ class Killing(Disk):
 
 
 def opened(folder: Path, disk: Disk, settings: AggregatorSettings) -> Aggregator:
-    return Aggregator.open(
+    rule = make_rule("opcm")
+    return Aggregator(
         folder,
         base(),
-        lambda: LocalEngine(make_rule("opcm"), base().layers.values(), workers=1),
+        rule,
+        lambda: LocalEngine(rule, base().layers.values(), workers=1),
         settings,
         disk=disk,
         clock=lambda: 0.0,
@@ -222,16 +225,16 @@ def plant(bug: str) -> None:
 
         Ledger.commit_merge = in_two  # type: ignore[method-assign]
     elif bug == "acknowledged-too-early":
-        Aggregator._stage = _staged_later(Aggregator._stage)  # type: ignore[method-assign]
+        Intake._stage = _staged_later(Intake._stage)  # type: ignore[method-assign]
     else:
         raise SystemExit(f"no such bug: {bug}")
 
 
 def _staged_later(stage: Any) -> Any:
-    def early(self: Aggregator, site: str, incoming: Any, blob: Any, admitted: Any) -> Any:
+    def early(self: Intake, site: str, incoming: Any, blob: Any, admitted: Any) -> Any:
         found = stage(self, site, incoming, blob, admitted)
-        self._blobs.path(blob.sha256).write_bytes(b"")
-        self._blobs._disk.step("late write")
+        self._library._blobs.path(blob.sha256).write_bytes(b"")
+        self._library._blobs._disk.step("late write")
         return found
 
     return early

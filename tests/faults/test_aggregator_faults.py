@@ -15,7 +15,7 @@ from killing import GENEROUS, VECTORS, Killing, opened, outcome, vector
 
 from fedmerge.common.errors import FedmergeError, StoreDamaged, StoreFull
 from fedmerge.common.vectorfile import save
-from fedmerge.server.aggregator import Aggregator
+from fedmerge.server.merging import Merging
 from fedmerge.server.store.disk import Disk
 
 HARNESS = Path(__file__).with_name("killing.py")
@@ -147,7 +147,7 @@ class TestDamagedFiles:
     def test_of_an_earlier_version(self, folder: Path, damage: Callable[[Path], object]) -> None:
         with opened(folder, Disk(), GENEROUS) as aggregator:
             path = blob(folder, aggregator.version(2).sha256)
-            aggregator._intact.clear()
+            aggregator._library._intact.clear()
             damage(path)
             with pytest.raises(StoreDamaged, match=path.name), aggregator.open_version(2):
                 pass
@@ -159,7 +159,7 @@ class TestDamagedFiles:
     ) -> None:
         with opened(folder, Disk(), GENEROUS) as aggregator:
             path = blob(folder, aggregator.version().sha256)
-            aggregator._intact.clear()
+            aggregator._library._intact.clear()
             damage(path)
             with aggregator.open_version() as served:
                 assert served.record.number == 2
@@ -215,7 +215,7 @@ class TestDamagedFiles:
     ) -> None:
         folder = tmp_path / "state"
         with monkeypatch.context() as patch:
-            patch.setattr(Aggregator, "_merge", _never)
+            patch.setattr(Merging, "merge", _never)
             with opened(folder, Disk(), GENEROUS) as aggregator:
                 for seed in range(2):
                     aggregator.submit(files / f"{seed}.safetensors", site="ward-1")
@@ -228,7 +228,7 @@ class TestDamagedFiles:
             assert path.name in first.reason
 
 
-def _never(self: Aggregator, update: object) -> None:
+def _never(self: Merging, update: object) -> None:
     raise FedmergeError("not now")
 
 

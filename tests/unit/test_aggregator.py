@@ -84,8 +84,9 @@ def open_(tmp_path: Path) -> Iterator[Open]:
         **options: Any,
     ) -> Aggregator:
         settings = AggregatorSettings(limits=limits or Limits(), retention=retention or Retention())
-        engine = make_engine or (lambda: LocalEngine(make_rule(rule), BASE.layers.values(), workers=1))
-        aggregator = Aggregator.open(tmp_path / folder, BASE, engine, settings, **options)
+        chosen = make_rule(rule)
+        engine = make_engine or (lambda: LocalEngine(chosen, BASE.layers.values(), workers=1))
+        aggregator = Aggregator(tmp_path / folder, BASE, chosen, engine, settings, **options)
         opened.append(aggregator)
         return aggregator
 
@@ -394,10 +395,10 @@ class TestQuarantine:
         limits = Limits(layer_ratio=6.0)
 
         def engine() -> Engine:
-            return LocalEngine(make_rule("opcm"), base.layers.values(), workers=1)
+            return LocalEngine(rule, base.layers.values(), workers=1)
 
-        settings = AggregatorSettings(limits=limits)
-        with Aggregator.open(tmp_path / "state", base, engine, settings) as aggregator:
+        rule, settings = make_rule("opcm"), AggregatorSettings(limits=limits)
+        with Aggregator(tmp_path / "state", base, rule, engine, settings) as aggregator:
             for number, layers in enumerate(attack):
                 path = tmp_path / f"{number}.safetensors"
                 unchanged = [name for name in base.layers if name not in layers]

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -113,11 +114,9 @@ def test_an_embedded_aggregator_takes_in_what_sites_learn_and_versions_come_back
         run(
             grid, mode="serve", base=BASE, out=str(tmp_path / "out"), state=str(tmp_path / "state"), **options
         )
-    with Aggregator.open(
-        tmp_path / "state",
-        base(),
-        lambda: LocalEngine(server.make_rule("opcm", {"alpha": 0.4}), base().layers.values()),
-    ) as aggregator:
+    rule = server.make_rule("opcm", {"alpha": 0.4})
+    make_engine = partial(LocalEngine, rule, base().layers.values())
+    with Aggregator(tmp_path / "state", base(), rule, make_engine) as aggregator:
         assert [(update.site, update.task) for update in aggregator.updates()] == [("a", t) for t in TASKS]
         assert aggregator.wait_until_merged(60)
         assert aggregator.version().number == 3
