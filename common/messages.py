@@ -23,7 +23,7 @@ from fedmerge.protos.fedmerge.v1 import aggregator_pb2 as pb
 
 Record = TypeVar("Record")
 
-CHUNK_BYTES = 512 << 10
+CHUNK_BYTES = 1 << 20
 """Payload of the largest message that either side sends; fewer bytes cost time per message, and buffers of
 a mebibyte are no longer recycled (``common.buffers``)."""
 

@@ -56,7 +56,7 @@ class PartFile:
             self.drop()
             self._open(self._target.with_name(f".{self._target.name}.{sha256}.part"), sha256)
 
-    def append(self, chunk: bytes) -> None:
+    def append(self, chunk: bytes | memoryview) -> None:
         assert self._file is not None
         with self._writing():
             self._file.write(chunk)

@@ -28,6 +28,7 @@ from fedmerge.common.errors import (
     Unreachable,
     VersionMismatch,
 )
+from fedmerge.common.frames import from_wire, to_wire
 from fedmerge.common.messages import (
     CHUNK_BYTES,
     DTYPES,
@@ -63,6 +64,9 @@ OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 5000),
 )
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Aggregator"].full_name
+SUBMIT, PULL = f"/{SERVICE}/Submit", f"/{SERVICE}/Pull"
 
 SLOWEST_BYTES_PER_SECOND = 16 << 10
 """A transfer that is slower on average is given up."""
@@ -122,6 +126,10 @@ class RemoteAggregator:
             else grpc.secure_channel(address, credentials, OPTIONS)
         )
         self._stub: Any = AggregatorStub(self._channel)  # type: ignore[no-untyped-call]
+        self._submit: Any = self._channel.stream_unary(SUBMIT, to_wire, pb.Receipt.FromString)
+        self._pull: Any = self._channel.unary_stream(
+            PULL, pb.PullRequest.SerializeToString, from_wire(pb.PullResponse)
+        )
 
     def close(self) -> None:
         """Ends the connection; calls under way raise Unreachable."""
@@ -245,7 +253,7 @@ class RemoteAggregator:
 
     def _send(self, source: Path, header: pb.UploadHeader, sent: Progress) -> Receipt:
         try:
-            message = self._stub.Submit(
+            message = self._submit(
                 _upload(source, header, sent),
                 timeout=self._transfer_seconds(header.size),
                 metadata=self._metadata(),
@@ -258,12 +266,12 @@ class RemoteAggregator:
         self, part: PartFile, version: int | None, dtype: Dtype, received: Progress
     ) -> VersionRecord:
         request = _request("Pull", version=version, dtype=DTYPES[dtype], offset=part.size, sha256=part.sha256)
-        call = self._stub.Pull(request, metadata=self._metadata())
+        call = self._pull(request, metadata=self._metadata())
         try:
-            header = next(call).header
+            header = _pull_header(next(call))
             part.expect(header.sha256, header.offset)
             with ThreadPoolExecutor(1) as writer:
-                _write_behind((message.chunk for message in call), part, writer, received, header.size)
+                _write_behind(map(_chunk_of, call), part, writer, received, header.size)
         except grpc.RpcError as error:
             raise self._told_by(error) from error
         finally:
@@ -351,17 +359,27 @@ def _upload_header(source: Path, site: str) -> pb.UploadHeader:
     return pb.UploadHeader(site=site, size=size, sha256=sha256)
 
 
-def _upload(source: Path, header: pb.UploadHeader, sent: Progress) -> Iterator[pb.SubmitRequest]:
+def _upload(source: Path, header: pb.UploadHeader, sent: Progress) -> Iterator[pb.SubmitRequest | bytes]:
     """What is sent, one message in memory at a time."""
     yield pb.SubmitRequest(header=header)
     with source.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
-            yield pb.SubmitRequest(chunk=chunk)
+            yield chunk
             sent(file.tell(), header.size)
 
 
+def _pull_header(message: pb.PullResponse | memoryview) -> pb.PullHeader:
+    if not isinstance(message, pb.PullResponse) or message.WhichOneof("part") != "header":
+        raise FileError("a version begins with its header")
+    return message.header
+
+
+def _chunk_of(message: pb.PullResponse | memoryview) -> bytes | memoryview:
+    return message.chunk if isinstance(message, pb.PullResponse) else message
+
+
 def _write_behind(
-    chunks: Iterator[bytes],
+    chunks: Iterator[bytes | memoryview],
     part: PartFile,
     writer: ThreadPoolExecutor,
     received: Progress,

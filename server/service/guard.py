@@ -10,11 +10,17 @@ from typing import Any, TypeAlias
 import grpc
 
 from fedmerge.common.errors import FedmergeError
+from fedmerge.common.frames import from_wire, to_wire
+from fedmerge.protos.fedmerge.v1 import aggregator_pb2 as pb
 from fedmerge.server.service.access import Access, Caller, Context, Role, require
 from fedmerge.server.service.status import abort, abort_unexpected
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
+
+READERS = {"Submit": from_wire(pb.SubmitRequest)}
+WRITERS = {"Pull": to_wire}
+"""Of the methods that carry chunks."""
 
 CALLER: ContextVar[Caller] = ContextVar("caller")
 """Who made the call that is being answered."""
@@ -49,7 +55,7 @@ class Guard(grpc.aio.ServerInterceptor):
         service, _, method = handler_call_details.method.removeprefix("/").rpartition("/")
         if handler is None or service != self._service:
             return handler
-        return _with_behaviour(handler, self._guarded(_behaviour(handler), method))
+        return _with_behaviour(handler, self._guarded(_behaviour(handler), method), method)
 
     def _guarded(self, behaviour: Behaviour, method: str) -> Behaviour:
         async def answer(request: Any, context: Context) -> Any:
@@ -76,10 +82,12 @@ def _behaviour(handler: Handler) -> Behaviour:
     return found  # type: ignore[no-any-return]
 
 
-def _with_behaviour(handler: Handler, behaviour: Behaviour) -> Handler:
+def _with_behaviour(handler: Handler, behaviour: Behaviour, method: str) -> Handler:
+    """The handler with another behaviour; chunks keep out of protobuf messages."""
     make: Callable[..., Handler] = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
         (True, False): grpc.stream_unary_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
-    return make(behaviour, handler.request_deserializer, handler.response_serializer)
+    reading = READERS.get(method, handler.request_deserializer)
+    return make(behaviour, reading, WRITERS.get(method, handler.response_serializer))

@@ -57,7 +57,7 @@ class Upload(Protocol):
         """The receipt, if the update has been acknowledged before and nothing need be sent."""
         ...
 
-    def write(self, chunk: bytes, /) -> None: ...
+    def write(self, chunk: bytes | memoryview, /) -> None: ...
 
     def finish(self) -> Receipt: ...
 
@@ -156,7 +156,7 @@ class AggregatorServicer(Contract):
                 assert isinstance(chunk, bytes)
                 await reading.start(file.read, self._settings.chunk_bytes)
                 async with pace.waiting():
-                    await context.write(pb.PullResponse(chunk=chunk))
+                    await context.write(chunk)
                 pace.moved(len(chunk))
                 self._metrics.sent(len(chunk))
 
@@ -229,22 +229,25 @@ def _pull_header(published: Published, offset: int) -> pb.PullResponse:
 
 async def _upload_header(context: Context, pace: Pace) -> pb.UploadHeader:
     message = await _next(context, pace)
-    if message is None or message.WhichOneof("part") != "header":
+    if not isinstance(message, pb.SubmitRequest) or message.WhichOneof("part") != "header":
         raise FileError("an upload begins with its header")
     if message.header.size < 1:
         raise FileError("an upload needs bytes", got=message.header.size, wanted="a size of at least 1")
     return message.header
 
 
-async def _upload_chunk(context: Context, pace: Pace) -> bytes | None:
+async def _upload_chunk(context: Context, pace: Pace) -> bytes | memoryview | None:
     """The next bytes; None after the last."""
     message = await _next(context, pace)
-    if message is not None and message.WhichOneof("part") != "chunk":
+    if not isinstance(message, pb.SubmitRequest):
+        return message
+    if message.WhichOneof("part") != "chunk":
         raise FileError("an upload is its header, then chunks")
-    return message.chunk if message is not None else None
+    return message.chunk
 
 
-async def _next(context: Context, pace: Pace) -> pb.SubmitRequest | None:
+async def _next(context: Context, pace: Pace) -> pb.SubmitRequest | memoryview | None:
+    """The next message, a chunk as its bytes; None after the last."""
     async with pace.waiting():
         message: Any = await context.read()
     return None if message is grpc.aio.EOF else message
