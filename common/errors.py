@@ -18,6 +18,7 @@
     ├── LimitError                a bound on bytes, requests or space is reached
     │   ├── TooLarge              never fits; sending it again does not help
     │   ├── QuotaExceeded         this site has used its share for now
+    │   ├── TooSlow               the other side takes longer over its bytes than it may
     │   └── Busy                  the queue is full for now
     ├── StateError                not possible in the state the server is in
     │   ├── NotFound              no such version, update or task
@@ -155,6 +156,10 @@ class QuotaExceeded(LimitError):
     """This site has used its share of updates or bytes for now."""
 
     retry_after = 3600.0
+
+
+class TooSlow(LimitError):
+    """The other side takes longer over its bytes than it may."""
 
 
 class Busy(LimitError):

@@ -39,9 +39,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedmerge.common.errors import ConfigError, Duplicate, FedmergeError, FileError, NotFound, StoreDamaged
+from fedmerge.common.names import SITE_NAME
 from fedmerge.common.tls import TlsFiles, check_dates, check_pair, check_private, hosts_of, read_certificate
 from fedmerge.common.writing import replacing
-from fedmerge.server.service.access import LOCAL, NAME, Role
+from fedmerge.server.service.access import LOCAL, Role
 
 SERVER, GATEWAY = "server", "gateway"
 RESERVED = frozenset({SERVER, GATEWAY, LOCAL})
@@ -60,15 +61,13 @@ keys at 0600. If a key may have leaked, ask for `fedmerge certs revoke {name}`.
 |---|---|
 | `ca.crt` | the federation's authority, by which the server is recognized |
 | `site.crt`, `site.key` | this site at the aggregation server (gRPC, mutual TLS) |
-| `supernode.key` | this site at the SuperLink (`--auth-supernode-private-key`) |
-| `supernode.pub` | its public half; the server's side registers it |
+| `supernode.key` | this site at the server's SuperLink, as `[tls] supernode_key` in client.toml |
+| `supernode.pub` | its public half; the server has a copy |
 
-    flower-supernode --superlink SERVER:PORT --root-certificates ca.crt \\
-      --auth-supernode-private-key supernode.key
+    fedmerge client --config client.toml --check
+    fedmerge client --config client.toml
 
-On the server, once:
-
-    flwr supernode register sites/{name}/supernode.pub SUPERLINK --name {name}
+The server lets the site in once `supernode.pub` lies in its `[flower] sites` folder as `{name}.pub`.
 """
 
 Kind = Literal["server", "gateway", "site", "admin"]
@@ -380,8 +379,8 @@ def _entry(name: str, kind: Kind, cert: x509.Certificate, place: str) -> Issued:
 
 def _person(name: str) -> str:
     """The name of a site or an admin. Raises ConfigError."""
-    if not NAME.fullmatch(name) or name in RESERVED:
-        raise ConfigError("not a name for a site or an admin", got=ascii(name)[:80], wanted=NAME.pattern)
+    if not SITE_NAME.fullmatch(name) or name in RESERVED:
+        raise ConfigError("not a name for a site or an admin", got=ascii(name)[:80], wanted=SITE_NAME.pattern)
     return name
 
 

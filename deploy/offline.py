@@ -112,7 +112,7 @@ def merge_files(
     if not out.parent.is_dir():
         raise FileError("no such folder", where=out.parent)
     opened = open_checkpoint(base_path)
-    base = Base.from_checkpoint(opened, _kinds_by_name(opened, kinds), private)
+    base = Base.from_checkpoint(opened, kinds_by_name(opened, kinds), private)
     vectors = [open_update(path, base, private=_private_for(path, private)) for path in inputs]
     low_rank: list[set[str]] = [set() for _ in vectors]
     seconds = {"merging": 0.0, "writing": 0.0}
@@ -341,7 +341,7 @@ def _private_for(path: Path, private: Sequence[str]) -> Sequence[str]:
     return () if kind_of(path) is SourceKind.TASK_VECTOR else private
 
 
-def _kinds_by_name(opened: Checkpoint, patterns: Mapping[LayerKind, Sequence[str]]) -> dict[str, LayerKind]:
+def kinds_by_name(opened: Checkpoint, patterns: Mapping[LayerKind, Sequence[str]]) -> dict[str, LayerKind]:
     """Kinds of the layers that patterns match; the first kind that matches counts.
 
     Raises:

@@ -28,6 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fedmerge.common.errors import ConfigError, EngineError
+from fedmerge.common.names import SITE_NAME
 from fedmerge.common.records import (
     AggregationService,
     Receipt,
@@ -73,8 +74,19 @@ Server = Annotated[
 Ca = Annotated[Path | None, typer.Option("--ca", help="The authority's certificate, for TLS.")]
 Cert = Annotated[Path | None, typer.Option("--cert", help="Your certificate, for TLS.")]
 Key = Annotated[Path | None, typer.Option("--key", help="Your certificate's private key, for TLS.")]
+
+
+def _me() -> str:
+    """The user's name; not every user of a container has one."""
+    try:
+        name = getuser()
+    except (KeyError, OSError):
+        return "nobody"
+    return name if SITE_NAME.fullmatch(name) else "nobody"
+
+
 By = Annotated[
-    str, typer.Option("--by", default_factory=getuser, help="Who decides; with TLS, the certificate says so.")
+    str, typer.Option("--by", default_factory=_me, help="Who decides; with TLS, the certificate says so.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

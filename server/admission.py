@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from fedmerge.common.errors import (
     BadWeight,
     BaseMismatch,
     Busy,
-    ConfigError,
     FedmergeError,
     FileError,
     MismatchError,
@@ -44,7 +42,6 @@ MAX_EXAMPLES = 100_000
 
 MAX_TASK_CHARS = 200
 MAX_STATISTICS = 64
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 HEADER_BYTES, HEADER_BYTES_PER_LAYER, HEADER_BYTES_PER_CHAR = 2**20, 4096, 40
 """Room for a header, more than any writer needs; parsing one takes some twenty times its bytes of memory."""
@@ -251,16 +248,6 @@ def check_held(held: int, limits: Limits) -> None:
 def needs_approval(limits: Limits, *, new_site: bool) -> bool:
     """Whether an update is held. ``new_site``: no update of its site has been merged yet."""
     return limits.quarantine == "all" or (limits.quarantine == "new-sites" and new_site)
-
-
-def check_site_name(name: str) -> None:
-    """Raises ConfigError for a name that could not stand in a file name, a log line or a certificate."""
-    if not SITE_NAME.fullmatch(name):
-        raise ConfigError(
-            "a malformed site name",
-            got=ascii(name[:80]),
-            wanted="1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
-        )
 
 
 def check_manifest(manifest: Manifest, base: Base, where: str) -> None:

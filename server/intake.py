@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedmerge.common.base import Base
 from fedmerge.common.errors import Busy, Duplicate, FedmergeError, MismatchError, StoreError, StoreFull
+from fedmerge.common.names import check_site_name
 from fedmerge.common.records import Receipt, Refusal, UpdateRecord, UpdateState, update_id
 from fedmerge.server.admission import (
     Admitted,
@@ -18,7 +19,6 @@ from fedmerge.server.admission import (
     check_held,
     check_queue,
     check_quota,
-    check_site_name,
     check_size,
     needs_approval,
 )

@@ -176,7 +176,7 @@ def require_kept(version: VersionRecord) -> None:
         raise NotKept(
             "its merged vector was not kept",
             where=f"version {version.number}",
-            do="Raise [retention] versions to keep more of them.",
+            do="The setting 'versions' says how many are kept.",
         )
 
 

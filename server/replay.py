@@ -68,7 +68,7 @@ class Replay:
             raise NotKept(
                 "its task vector was not kept",
                 where=f"update {update.id}, task {update.task!r}",
-                do="Raise [retention] vectors to keep more of them.",
+                do="The setting 'vectors' says how many are kept.",
             )
         self._blobs.verify(update.sha256)
         vector = load(self._blobs.path(update.sha256))

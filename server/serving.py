@@ -24,9 +24,10 @@ from flwr.serverapp import Grid
 from fedmerge import __version__
 from fedmerge.common import wire
 from fedmerge.common.errors import BaseMismatch, FedmergeError, Forbidden, MismatchError, Unreachable
+from fedmerge.common.names import check_site_name
 from fedmerge.common.records import AggregationService
 from fedmerge.common.wire import Greeting, Hello
-from fedmerge.server.admission import MAX_TASK_CHARS, check_site_name
+from fedmerge.server.admission import MAX_TASK_CHARS
 from fedmerge.server.backing import Backing
 from fedmerge.server.history import History
 from fedmerge.server.inbox import Inbox

@@ -27,13 +27,12 @@ from pydantic import (
 from fedmerge.common.errors import ConfigError, FileError
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.logs import Form, Level
+from fedmerge.common.names import SITE_NAME
 from fedmerge.common.tls import TlsFiles, is_loopback
 from fedmerge.server.admission import Limits
 from fedmerge.server.peers import ServingSettings
 from fedmerge.server.retention import Retention
 from fedmerge.server.service.settings import ServiceSettings
-
-SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 def _resolved(path: Path, info: ValidationInfo) -> Path:
@@ -245,7 +244,7 @@ class Site(Section):
         state: folder for Flower's files.
     """
 
-    name: str = Field(pattern=SITE_NAME)
+    name: str = Field(pattern=f"^{SITE_NAME.pattern}$")
     task: Annotated[str, Field(min_length=1), AfterValidator(_resolved_stream)]
     held: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)

@@ -27,7 +27,7 @@ from fedmerge.deploy.launch.ports import wait_free
 from fedmerge.deploy.launch.processes import KeptRunning, NewLines, until_told, wait_until
 from fedmerge.deploy.launch.proxy import FleetProxy
 from fedmerge.deploy.launch.superlink import ONLINE, Control, Place, ServingRun, Sites, Value
-from fedmerge.deploy.offline import _kinds_by_name
+from fedmerge.deploy.offline import kinds_by_name
 from fedmerge.server.aggregator import Aggregator, AggregatorSettings
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.merge import make_rule
@@ -85,7 +85,7 @@ def open_model(model: Model) -> Base:
     source, colon, name = model.base.rpartition(":")
     if not (source and colon and name.isidentifier()):
         opened = open_checkpoint(Path(model.base))
-        return Base.from_checkpoint(opened, _kinds_by_name(opened, model.kinds), model.private)
+        return Base.from_checkpoint(opened, kinds_by_name(opened, model.kinds), model.private)
     if model.kinds:
         raise ConfigError("kinds go with a checkpoint; a model's class knows its own", where="[model] kinds")
     return Base.from_model(find_function(model.base, where="[model] base")(), model.private)
@@ -123,7 +123,14 @@ def _engine_maker(choice: EngineChoice, rule: Rule, base: Base) -> Callable[[], 
     logger.info("connecting to Ray: %s", where)
     start_ray(choice.ray_address or "local")
     return partial(
-        RayEngine, rule, layers, actors=choice.actors, threads=choice.threads, num_gpus=choice.num_gpus
+        RayEngine,
+        rule,
+        layers,
+        actors=choice.actors,
+        threads=choice.threads,
+        num_gpus=choice.num_gpus,
+        # Of a cluster, each actor takes its cores; this machine's are shared with everything else here.
+        num_cpus=choice.threads if choice.ray_address else 0,
     )
 
 

@@ -39,9 +39,9 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 
 from fedmerge import __version__
 from fedmerge.common.errors import ConfigError, Duplicate, FileError, Unreachable
+from fedmerge.common.names import SITE_NAME
 from fedmerge.common.tls import TlsFiles
 from fedmerge.deploy.launch.processes import Command, Patience, executable
-from fedmerge.server.service.access import NAME
 
 logger = logging.getLogger("fedmerge.launch")
 
@@ -316,7 +316,7 @@ def key_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Site names and files of the public keys in a folder, in order of name."""
     for path in sorted((*folder.glob("*.pub"), *folder.glob("*/supernode.pub"))):
         name = path.parent.name if path.name == "supernode.pub" else path.stem
-        if NAME.fullmatch(name):
+        if SITE_NAME.fullmatch(name):
             yield name, path
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,11 +22,11 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from fedmerge.common.errors import FedmergeError, FileError, Forbidden, StoreDamaged, Unauthenticated
+from fedmerge.common.names import SITE_NAME
 from fedmerge.common.tls import read_certificate
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 SITE_KEY = "fedmerge-site"
 LOCAL = "local"
 
@@ -85,8 +84,8 @@ def acting_site(caller: Caller, site: str) -> str:
 
 def valid_name(name: str) -> str:
     """Raises Unauthenticated for a name that no site can have."""
-    if not NAME.fullmatch(name):
-        raise Unauthenticated("not a name of a site", got=ascii(name)[:80], wanted=NAME.pattern)
+    if not SITE_NAME.fullmatch(name):
+        raise Unauthenticated("not a name of a site", got=ascii(name)[:80], wanted=SITE_NAME.pattern)
     return name
 
 
@@ -96,19 +95,19 @@ class LoopbackAccess:
     def caller(self, context: Context) -> Caller:
         if not _from_loopback(context.peer()):
             raise Unauthenticated("not a caller of this machine", where=context.peer())
-        names = [value for key, value in context.invocation_metadata() or () if key == SITE_KEY]
-        if len(names) > 1:
-            raise Unauthenticated("more than one name", where=SITE_KEY)
-        return Caller(valid_name(str(names[0])) if names else LOCAL, frozenset(Role))
+        return Caller(_name_given(context), frozenset(Role))
 
 
 class SocketAccess:
-    """A unix socket in a folder of mode 0700: whoever can open it is the server's own user."""
+    """A unix socket in a folder of mode 0700: whoever can open it is the server's own user.
+
+    Several people may be: the name a caller gives is taken down in the records.
+    """
 
     def caller(self, context: Context) -> Caller:
         if not context.peer().startswith("unix:"):
             raise Unauthenticated("not a caller of the socket", where=context.peer())
-        return Caller(LOCAL, frozenset({Role.ADMIN, Role.GATEWAY}))
+        return Caller(_name_given(context), frozenset({Role.ADMIN, Role.GATEWAY}))
 
 
 class CertificateAccess:
@@ -229,6 +228,14 @@ def _parsed(pem: bytes) -> _Identity:
         not_before=cert.not_valid_before_utc,
         not_after=cert.not_valid_after_utc,
     )
+
+
+def _name_given(context: Context) -> str:
+    """The name a caller gives itself, where that is all there is."""
+    names = [value for key, value in context.invocation_metadata() or () if key == SITE_KEY]
+    if len(names) > 1:
+        raise Unauthenticated("more than one name", where=SITE_KEY)
+    return valid_name(str(names[0])) if names else LOCAL
 
 
 def _from_loopback(peer: str) -> bool:

@@ -7,12 +7,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from fedmerge.common.errors import Busy, LimitError
+from fedmerge.common.errors import Busy, TooSlow
 from fedmerge.server.service.settings import ServiceSettings
-
-
-class TooSlow(LimitError):
-    """The other side takes longer over its bytes than it may."""
 
 
 class Slots:

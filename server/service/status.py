@@ -13,7 +13,6 @@ from fedmerge.common import errors
 from fedmerge.common.errors import FedmergeError
 from fedmerge.common.messages import pack_error
 from fedmerge.server.service.access import Context
-from fedmerge.server.service.limits import TooSlow
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ STATUS: Mapping[type[FedmergeError], StatusCode] = {
     errors.TooLarge: StatusCode.OUT_OF_RANGE,
     errors.QuotaExceeded: StatusCode.RESOURCE_EXHAUSTED,
     errors.Busy: StatusCode.RESOURCE_EXHAUSTED,
-    TooSlow: StatusCode.DEADLINE_EXCEEDED,
+    errors.TooSlow: StatusCode.DEADLINE_EXCEEDED,
     errors.StateError: StatusCode.FAILED_PRECONDITION,
     errors.NotFound: StatusCode.NOT_FOUND,
     errors.NotKept: StatusCode.FAILED_PRECONDITION,

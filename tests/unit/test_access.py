@@ -101,9 +101,10 @@ def test_two_names_on_loopback_are_refused() -> None:
         caller(LoopbackAccess(), call)
 
 
-def test_the_socket_is_for_admin_and_gateway_and_nobody_claims_a_name_there() -> None:
+def test_the_socket_is_for_admin_and_gateway_and_takes_down_the_name_they_give() -> None:
     found = caller(SocketAccess(), Call("unix:", fedmerge_site="a"))
-    assert found == Caller("local", frozenset({Role.ADMIN, Role.GATEWAY}))
+    assert found == Caller("a", frozenset({Role.ADMIN, Role.GATEWAY}))
+    assert caller(SocketAccess(), Call("unix:")).name == "local"
     with pytest.raises(Unauthenticated):
         caller(SocketAccess(), Call(TCP))
 

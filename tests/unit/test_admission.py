@@ -27,6 +27,7 @@ from fedmerge.common.errors import (
     VersionMismatch,
 )
 from fedmerge.common.layers import LayerKind
+from fedmerge.common.names import check_site_name
 from fedmerge.common.taskvector import LowRank, Manifest, TaskVector
 from fedmerge.common.vectorfile import from_bytes, save, to_bytes
 from fedmerge.deploy.streams.example import example
@@ -42,7 +43,6 @@ from fedmerge.server.admission import (
     check_held,
     check_queue,
     check_quota,
-    check_site_name,
     check_size,
     needs_approval,
     weight,

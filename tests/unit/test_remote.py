@@ -293,7 +293,7 @@ def test_listeners_of_one_aggregator_have_policies_of_their_own(
         local, loopback, site = (RemoteAggregator(address, site="site-1") for address in service.addresses)
         assert local.submit(vector, site="site-7").version == 1
         assert loopback.roll_back(0, by="alice").by == "alice"
-        assert local.roll_back(1, by="alice").by == "local"
+        assert local.roll_back(1, by="alice").by == "alice"
         with pytest.raises(Forbidden):
             site.roll_back(1, by="alice")
         for remote in (local, loopback, site):
