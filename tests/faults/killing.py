@@ -3,7 +3,7 @@
 One parent imports everything once and forks a child per step, so that hundreds of kills take seconds.
 The parent starts no thread and opens no folder itself. It prints one JSON object.
 
-    python killing.py merges|acts FOLDER [--bug NAME]
+    python killing.py merges|acts|replies FOLDER [--bug NAME]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fedmerge.server.aggregator import Aggregator, AggregatorSettings
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.intake import Intake
 from fedmerge.server.merge import make_rule
+from fedmerge.server.merging import Merging
 from fedmerge.server.retention import Retention
 from fedmerge.server.store.disk import Disk
 from fedmerge.server.store.ledger import Ledger
@@ -206,6 +207,61 @@ def run(
             return {"kills": at - lived, "torn": torn}
 
 
+def run_replies(work: Path, count: int = 100) -> dict[str, Any]:
+    """Kills right after an update's row is committed, or right after its version is, ``count`` times.
+
+    Nobody gets a reply; every site sends again.
+    """
+    files = work / "files"
+    files.mkdir(parents=True)
+    forked(lambda: [save(vector(seed), files / f"{seed}.safetensors") for seed in range(count)])
+
+    def lost(seed: int) -> None:
+        """Sends again what got no reply, and then something new that gets none either."""
+        with opened(work / "state", Disk(), GENEROUS) as aggregator:
+            if seed:
+                assert aggregator.submit(files / f"{seed - 1}.safetensors", site=SITE).again
+                assert aggregator.wait_until_merged(timeout=WAIT_SECONDS)
+            if seed == count:
+                return
+            kind, name = (Ledger, "add_update") if seed % 2 else (Merging, "_make_current")
+            setattr(kind, name, _killed_after(getattr(kind, name)) if seed % 2 else _killed_before)
+            aggregator.submit(files / f"{seed}.safetensors", site=SITE)
+            aggregator.wait_until_merged(timeout=WAIT_SECONDS)
+
+    killed = sum(not forked(lambda seed=seed: lost(seed))[0] for seed in range(count))
+    _, last = forked(lambda: lost(count))
+
+    def straight() -> dict[str, Any]:
+        with opened(work / "unbroken", Disk(), GENEROUS) as aggregator:
+            for seed in range(count):
+                aggregator.submit(files / f"{seed}.safetensors", site=SITE)
+                assert aggregator.wait_until_merged(timeout=WAIT_SECONDS)
+            return outcome(aggregator)
+
+    def broken() -> dict[str, Any]:
+        with opened(work / "state", Disk(), GENEROUS) as aggregator:
+            return outcome(aggregator)
+
+    _, wanted = forked(straight)
+    _, found = forked(broken)
+    torn = [] if found == wanted and last is None else [f"ends as {found}, unbroken as {wanted}, {last}"]
+    merged = len({update for _, kind, update, *_ in found["versions"] if kind == VersionKind.MERGE})
+    return {"kills": killed, "torn": torn, "merged": merged, "versions": len(found["versions"])}
+
+
+def _killed_after(method: Callable[..., Any]) -> Callable[..., Any]:
+    def killed(*arguments: Any) -> None:
+        method(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return killed
+
+
+def _killed_before(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def plant(bug: str) -> None:
     """Breaks the server on purpose."""
     if bug == "two-transactions":
@@ -244,5 +300,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     name, target = sys.argv[1:3]
     bug = sys.argv[sys.argv.index("--bug") + 1] if "--bug" in sys.argv else ""
+    if name == "replies":
+        print(json.dumps(run_replies(Path(target))))
+        raise SystemExit
     chosen = {"merges": (merges, SETTINGS), "acts": (acts, GENEROUS)}[name]
     print(json.dumps(run(*chosen, Path(target), bug)))

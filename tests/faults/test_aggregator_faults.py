@@ -7,14 +7,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import GENEROUS, VECTORS, Killing, opened, outcome, vector
+from killing import GENEROUS, VECTORS, Killing, base, opened, outcome, vector
 
 from fedmerge.common.errors import FedmergeError, StoreDamaged, StoreFull
 from fedmerge.common.vectorfile import save
+from fedmerge.server.aggregator import Aggregator
+from fedmerge.server.merge import make_rule
 from fedmerge.server.merging import Merging
 from fedmerge.server.store.disk import Disk
 
@@ -47,9 +50,51 @@ class TestKilledBeforeEveryStepThatWrites:
         assert found["torn"] == []
         assert found["kills"] > 100
 
+    def test_after_the_commit_and_before_the_reply_a_hundred_times(self, tmp_path: Path) -> None:
+        """F3: every retry is answered as already there, and each update is merged once."""
+        found = killed_everywhere("replies", tmp_path / "run")
+        assert (found["kills"], found["merged"], found["versions"]) == (100, 100, 100)
+        assert found["torn"] == []
+
     @pytest.mark.parametrize("bug", ["two-transactions", "acknowledged-too-early"])
     def test_a_planted_bug_is_found(self, tmp_path: Path, bug: str) -> None:
         assert killed_everywhere("merges", tmp_path / "run", "--bug", bug)["torn"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
+def test_an_actor_killed_at_every_merge_after_it_was_done_merges_each_once(
+    tmp_path: Path, ray_engine: Callable[..., Any], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F5: the side effect has happened, its reply is lost, the actor's memory is gone."""
+    from fedmerge.server.engine import ray_engine as module
+
+    kills = []
+    finish_place = module.RayEngine._finish_place
+
+    def reply_lost(self: Any, place: Any) -> None:
+        if place is self._places[len(kills) % 2] and len(kills) < self.totals.merges + 1:
+            module.ray.get(place.actor.finish.remote())
+            module.ray.kill(place.actor)
+            kills.append(1)
+        finish_place(self, place)
+
+    monkeypatch.setattr(module.RayEngine, "_finish_place", reply_lost)
+    rule = make_rule("opcm")
+    for seed in range(count):
+        save(vector(seed), tmp_path / f"{seed}.safetensors")
+    make_engine = partial(ray_engine, rule, base().layers.values(), actors=2)
+    with Aggregator(tmp_path / "state", base(), rule, make_engine, GENEROUS) as aggregator:
+        for seed in range(count):
+            aggregator.submit(tmp_path / f"{seed}.safetensors", site="ward-1")
+            assert aggregator.wait_until_merged(timeout=60)
+        got = [version.sha256 for version in aggregator.versions(0, count + 1)]
+    assert len(kills) == count
+    with opened(tmp_path / "unbroken", Disk(), GENEROUS) as aggregator:
+        for seed in range(count):
+            aggregator.submit(tmp_path / f"{seed}.safetensors", site="ward-1")
+            assert aggregator.wait_until_merged(timeout=60)
+        assert got == [version.sha256 for version in aggregator.versions(0, count + 1)]
 
 
 @pytest.fixture
