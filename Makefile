@@ -7,7 +7,7 @@ OUT ?= runs/demo
 # Spinning OpenMP threads cost more than they bring when several processes share the cores.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format proto bench clean
 
 help: ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ check: setup ## formatting, lint and types
 format: setup ## formats the code and sorts imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+proto: setup ## the code generated from protos/fedmerge/v1/aggregator.proto
+	$(BIN)/python -m fedmerge.protos.regenerate
 
 bench: setup ## OPCM against the published step
 	$(BIN)/fedmerge bench opcm

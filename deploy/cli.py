@@ -186,6 +186,23 @@ def inspect_command(
     inspect_file(file, console)
 
 
+@app.command("audit")
+def audit_command(
+    log: Annotated[Path, typer.Argument(help="The audit log, audit.jsonl in the state folder.")],
+    head: Annotated[
+        str | None, typer.Option(help="Hash of the newest line, from a copy kept elsewhere.")
+    ] = None,
+) -> None:
+    """Check that no line of an audit log, rotated files included, was changed, removed or put in."""
+    from fedmerge.common.errors import StoreDamaged
+    from fedmerge.server.audit import verify
+
+    chain = verify(log)
+    if head is not None and head != chain.head:
+        raise StoreDamaged("the newest line is another one", where=log, got=chain.head, wanted=head)
+    console.print(f"{chain.lines} lines, none changed; head {chain.head}", highlight=False, soft_wrap=True)
+
+
 @bench.command("opcm")
 def bench_opcm_command(
     shape: Annotated[str, typer.Option(help="vit-b-32, minilm or tiny.")] = "vit-b-32",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedmerge.common.errors import StoreDamaged, StoreFull
+from fedmerge.deploy.cli import audit_command
 from fedmerge.server import audit as audit_module
 from fedmerge.server.audit import START, Audit, verify
 
@@ -212,3 +213,20 @@ def test_a_closed_log_takes_no_lines(path: Path) -> None:
     audit.close()
     with pytest.raises(StoreFull):
         audit.record("merged", "a")
+
+
+def test_the_command_says_whether_the_log_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = Audit(path)
+    log.record("merged", "ward-1", version=1)
+    log.record("merged", "ward-2", version=2)
+    log.close()
+    audit_command(path, head=log.head)
+    assert f"2 lines, none changed; head {log.head}" in capsys.readouterr().out
+    with pytest.raises(StoreDamaged, match="another one"):
+        audit_command(path, head="0" * 64)
+    path.write_text(path.read_text().replace("ward-1", "ward-3"))
+    with pytest.raises(StoreDamaged):
+        audit_command(path)
