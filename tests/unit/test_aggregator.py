@@ -257,6 +257,24 @@ class TestUpdates:
             pytest.fail("no byte should be taken")
         assert aggregator.status().refused == {"TooLarge": 1}
 
+    def test_a_file_of_exactly_the_limit_is_taken_and_one_byte_more_is_not(
+        self, open_: Open, file: Any
+    ) -> None:
+        size = file(1).stat().st_size
+        with pytest.raises(TooLarge):
+            open_(limits=Limits(max_update_bytes=size - 1), folder="small").submit(file(1), site="ward-1")
+        submit_all(aggregator := open_(limits=Limits(max_update_bytes=size)), file(1))
+        assert aggregator.version().number == 1
+
+    def test_an_update_that_changes_nothing_takes_a_kilobyte_and_is_merged(
+        self, open_: Open, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "nothing.safetensors"
+        manifest = Manifest(BASE.fingerprint, task="idle")
+        assert save(TaskVector.of({}, tuple(BASE.layers), manifest), path) < 1024
+        submit_all(aggregator := open_(), path)
+        assert aggregator.version().merges == 1
+
     def test_a_site_has_its_share_of_a_day(self, open_: Open, file: Any) -> None:
         now = [1000.0]
         aggregator = open_(limits=Limits(updates_per_day=2), clock=lambda: now[0])
