@@ -289,8 +289,11 @@ def plant(bug: str) -> None:
 def _staged_later(stage: Any) -> Any:
     def early(self: Intake, site: str, incoming: Any, blob: Any, admitted: Any) -> Any:
         found = stage(self, site, incoming, blob, admitted)
-        self._library._blobs.path(blob.sha256).write_bytes(b"")
+        path = self._library._blobs.path(blob.sha256)
+        data = path.read_bytes()
+        path.write_bytes(b"")
         self._library._blobs._disk.step("late write")
+        path.write_bytes(data)
         return found
 
     return early
