@@ -24,7 +24,9 @@ from fedmerge.common.writing import replacing
 MAX_MESSAGE_BYTES = 512_000_000
 """What one message, and so one range, may hold. Flower needs about three times as much memory for it."""
 
-RANGE_BYTES = 256_000_000
+RANGE_BYTES = 128_000_000
+"""A SuperLink forgets a message in one database transaction, and whoever writes meanwhile gives up after 5 s:
+too short a time for 256 MB on a busy disk."""
 
 BLOCK_BYTES = 1 << 20
 HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)

@@ -206,7 +206,7 @@ class Learning:
                     wire.GET_SHARD,
                     RangeAsked(key.site, key.task, index),
                     partial(_job_content, job),
-                    self._settings.timeout_seconds,
+                    self._settings.range_seconds,
                     window=WINDOW,
                     bulky=True,
                 )

@@ -2,22 +2,37 @@
 
 A node handles one message at a time, so each has a queue here and one message under way, or a few where
 the requests allow it. A request that is not answered in time, or whose node has left, ends with a reason
-instead of a reply.
+instead of a reply. While the SuperLink fails, requests stay in their queues, and it is asked less and less
+often.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedmerge.common.errors import FedmergeError
+from fedmerge.server.peers import Tries
+
+logger = logging.getLogger("fedmerge.server")
+
+SUPERLINK_ERRORS = (httpx.HTTPError, ObjectPushError)
+"""What a grid raises when the SuperLink cannot do its work, as while its database is locked."""
+FIRST_WAIT, LONGEST_WAIT = 2.0, 60.0
+"""Seconds until a SuperLink that has failed is asked again."""
+
+Answer = TypeVar("Answer")
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 FLOWERS_WORDS = "Exception ClientAppException occurred. Message: "
@@ -68,6 +83,7 @@ class Mailbox:
     Args:
         on_sent: called with a request and its content when it leaves.
         clock: seconds, monotonic; replaced in tests.
+        on_failure: called with what is wrong whenever the SuperLink fails.
     """
 
     def __init__(
@@ -75,19 +91,25 @@ class Mailbox:
         grid: Grid,
         on_sent: Callable[[Request, RecordDict], None] = lambda request, content: None,
         clock: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[str], object] = logger.warning,
     ) -> None:
-        self._grid, self._on_sent, self._clock = grid, on_sent, clock
+        self._grid, self._on_sent, self._clock, self._on_failure = grid, on_sent, clock, on_failure
+        self._pushing, self._pulling = Tries(FIRST_WAIT, LONGEST_WAIT), Tries(FIRST_WAIT, LONGEST_WAIT)
+        self._names: dict[int, str] = {}
         self._queues: dict[int, deque[Request]] = {}
         self._under_way: dict[str, tuple[Request, float]] = {}
         self._late: dict[str, tuple[Request, float]] = {}
 
     def nodes(self) -> set[int]:
-        """Nodes connected now."""
-        return set(self._grid.get_node_ids())
+        """Nodes connected now, or when the SuperLink last answered."""
+        return set(self.names())
 
     def names(self) -> dict[int, str]:
         """The name each connected node was registered under; empty where it has none."""
-        return {node.node_id: node.name for node in self._grid.get_nodes()}
+        nodes = self._ask(self._pulling, lambda: list(self._grid.get_nodes()))
+        if nodes is not None:
+            self._names = {node.node_id: node.name for node in nodes}
+        return self._names
 
     def put(self, request: Request, *, first: bool = False) -> None:
         """Queues a request, at the front if ``first``."""
@@ -115,17 +137,19 @@ class Mailbox:
         for request, _ in self._under_way.values():
             windows.setdefault(request.node, []).append(request.window)
         ready = [node for node, queue in self._queues.items() if _room(windows.get(node, []), queue[0])]
-        if not ready:
+        if not ready or self._waiting(self._pushing):
             return []
         here = self.nodes()
         gone: list[Reply] = []
         for node in ready:
             queue, open_windows = self._queues[node], windows.setdefault(node, [])
-            while queue and _room(open_windows, queue[0]):
+            while queue and _room(open_windows, queue[0]) and not self._waiting(self._pushing):
                 request = queue.popleft()
                 failed = self._push(request, here)
                 if failed:
                     gone.append(failed)
+                elif self._waiting(self._pushing):
+                    queue.appendleft(request)
                 else:
                     open_windows.append(request.window)
             if not queue:
@@ -133,6 +157,7 @@ class Mailbox:
         return gone
 
     def _push(self, request: Request, here: set[int]) -> Reply | None:
+        """How a request ended that cannot be sent; None if it is under way, or the SuperLink failed."""
         if request.node not in here:
             return Reply(request, None, "the site has left", 0.0, gone=True)
         try:
@@ -141,7 +166,9 @@ class Mailbox:
             return Reply(request, None, str(error), 0.0)
         seconds = request.timeout + request.late + SPARE_SECONDS
         message = Message(content, request.node, request.kind, ttl=seconds)
-        sent = list(self._grid.push_messages([message]))
+        sent = self._ask(self._pushing, lambda: list(self._grid.push_messages([message])))
+        if sent is None:
+            return None
         if not sent or not sent[0]:
             return Reply(request, None, "the message was not accepted", 0.0)
         self._under_way[sent[0]] = request, self._clock()
@@ -170,11 +197,31 @@ class Mailbox:
         """What has arrived; of bulky replies at most one, so that memory does not grow with the sites."""
         waiting = {**self._late, **self._under_way}
         small = [number for number, (request, _) in waiting.items() if not request.bulky]
-        found = list(self._grid.pull_messages(small)) if small else []
+        found = self._pulled(small) if small else []
         for number, (request, _) in waiting.items():
-            if request.bulky and (bulky := list(self._grid.pull_messages([number]))):
+            if request.bulky and (bulky := self._pulled([number])):
                 return found + bulky
         return found
+
+    def _pulled(self, numbers: list[str]) -> list[Message]:
+        return self._ask(self._pulling, lambda: list(self._grid.pull_messages(numbers))) or []
+
+    def _waiting(self, tries: Tries) -> bool:
+        """Whether the SuperLink has failed and is not to be asked now."""
+        return self._clock() < tries.at
+
+    def _ask(self, tries: Tries, question: Callable[[], Answer]) -> Answer | None:
+        """What the SuperLink answers; None if it fails, or is not to be asked now."""
+        if self._waiting(tries):
+            return None
+        try:
+            answer = question()
+        except SUPERLINK_ERRORS as error:
+            tries.failed(self._clock())
+            self._on_failure(f"the SuperLink failed: {error}")
+            return None
+        tries.worked()
+        return answer
 
     def _expired(self) -> list[Reply]:
         now = self._clock()

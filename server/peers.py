@@ -19,6 +19,10 @@ MessageBytes = Annotated[int, Field(ge=1, le=MAX_MESSAGE_BYTES)]
 LONGEST_WAIT = 3600.0
 WINDOW = 2
 """Ranges under way per site: the next one travels while the site works on this one."""
+SLOWEST_LINE = 500_000
+"""Bytes per second; a site on a slower line needs smaller ranges than the default ones."""
+START_SECONDS = 120.0
+"""For what a site does with a range, in processes of their own, on a busy machine."""
 
 
 class ServingSettings(BaseModel):
@@ -28,7 +32,8 @@ class ServingSettings(BaseModel):
         seed: of every local run.
         announce_seconds: between two hellos of a site that has nothing to do.
         ask_again_seconds: until a site that was refused is asked again.
-        timeout_seconds: for one message, from sending it to its reply.
+        timeout_seconds: for one message, from sending it to its reply; for a range at most what one takes
+            on the slowest line, so that a lost one is soon sent again.
         late_seconds: a training's reply is still taken so long after its time.
         attempts: how often a task is tried before it is given up until the server starts again.
         retry_seconds: before the second attempt; doubled each time, up to an hour.
@@ -57,6 +62,11 @@ class ServingSettings(BaseModel):
     max_update_bytes: Positive = LIMITS.max_update_bytes
     report_seconds: Seconds = 60.0
     registered_sites: bool = False
+
+    @property
+    def range_seconds(self) -> float:
+        """For one range, from sending it to its reply."""
+        return min(self.timeout_seconds, START_SECONDS + WINDOW * self.range_bytes / SLOWEST_LINE)
 
 
 @dataclass

@@ -153,7 +153,7 @@ class Publishing:
                     wire.PUT_SHARD,
                     RangeSent(index),
                     partial(_range_content, offer.path, manifest, index),
-                    self._settings.timeout_seconds,
+                    self._settings.range_seconds,
                     window=WINDOW,
                 )
             )

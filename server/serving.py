@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flwr.app import ConfigRecord, RecordDict
@@ -79,7 +80,7 @@ class Serving:
         self._poll_seconds, self._clock = poll_seconds, clock
         self._stopping = threading.Event()
         self.peers: dict[int, Peer] = {}
-        self._mailbox = Mailbox(grid, self._note_sent, clock)
+        self._mailbox = Mailbox(grid, self._note_sent, clock, partial(self._fail, "", "", "superlink"))
         self._backing = Backing(service, history, clock)
         self._inbox = Inbox(folder / "inbox")
         self._learning = Learning(

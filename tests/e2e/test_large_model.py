@@ -1,7 +1,8 @@
 """Does a model of 1.1 GB travel out and its update back, in ranges, over a real SuperLink and SuperNode?
 
-Takes minutes: ``pytest -m slow -s tests/e2e/test_large_model.py``. It prints how long every leg took and the
-peak memory of every process.
+The model is bfloat16; the update is float32, 1.1 GB for the half of the layers that are trained. Takes
+minutes: ``pytest -m slow -s tests/e2e/test_large_model.py``. It prints how long every leg took, the peak
+memory of every process, and how often the SuperLink's database was locked.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TRAINED = 16
 UPDATE_BYTES = 4 * TRAINED * WIDTH * WIDTH
 """float32 of the layers that are trained: 1.074 GB."""
 TIMEOUT = 540.0
+LOCKED = "database is locked"
 MARK = f"FEDMERGE_LARGE_MODEL_TEST={os.getpid()}"
 """In the environment of every process that this test starts."""
 
@@ -115,7 +117,7 @@ def main(grid, context):
     folder = Path(context.run_config["folder"])
     service = Service(folder, folder / "model.safetensors")
     journal = Journal(folder / "history.jsonl")
-    settings = ServingSettings(dtype="bf16", evaluate=False)
+    settings = ServingSettings(dtype="bf16", evaluate=False, timeout_seconds=150)
     serving = Serving(grid, context.run_config["base"], service, settings, journal, folder / "serving")
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
@@ -210,8 +212,8 @@ def make_model(path: Path, base: str) -> None:
 @pytest.fixture(scope="module")
 def transfer(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, dict[str, float], Peaks]]:
-    """The folder of one run out and back, seconds by leg, and peak memory."""
+) -> Iterator[tuple[Path, Peaks]]:
+    """The folder of one run out and back, and peak memory."""
     if "slow" not in str(request.config.getoption("-m")):
         pytest.skip("takes minutes; ask for it with -m slow")
     from fedmerge.common.base import Base
@@ -256,9 +258,8 @@ def transfer(
         )
     (folder / "run.log").write_text(run.stdout + run.stderr)
     assert (folder / "update.safetensors").exists(), run.stdout[-3000:] + run.stderr[-3000:]
-    legs = legs_of(folder)
-    print(f"\nseconds: {legs}\npeak MB: {peaks.megabytes}")
-    yield folder, legs, peaks
+    print(f"\nseconds: {legs_of(folder)}\npeak MB: {peaks.megabytes}\nlocked: {locked(folder)} times")
+    yield folder, peaks
     shutil.rmtree(folder)
 
 
@@ -287,6 +288,11 @@ def wait_for(port: int) -> None:
     raise AssertionError("the SuperLink does not listen")
 
 
+def locked(folder: Path) -> int:
+    """How often a process has logged that the database was locked."""
+    return sum(path.read_text(errors="replace").count(LOCKED) for path in folder.glob("*.log"))
+
+
 def legs_of(folder: Path) -> dict[str, float]:
     """Seconds from the first message of each kind to the event that ends it."""
     events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -305,7 +311,7 @@ def legs_of(folder: Path) -> dict[str, float]:
 def test_the_model_arrives_bit_for_bit(transfer) -> None:
     from fedmerge.client.state import SiteState
 
-    folder, _, _ = transfer
+    folder, _ = transfer
     held = SiteState(folder / "site").merged
     assert held is not None
     assert held.stat().st_size >= MODEL_BYTES
@@ -315,7 +321,7 @@ def test_the_model_arrives_bit_for_bit(transfer) -> None:
 def test_the_update_arrives_whole(transfer) -> None:
     from fedmerge.common.vectorfile import load
 
-    folder, _, _ = transfer
+    folder, _ = transfer
     path = folder / "update.safetensors"
     vector = load(path)
     assert path.stat().st_size >= UPDATE_BYTES
@@ -325,5 +331,5 @@ def test_the_update_arrives_whole(transfer) -> None:
 
 def test_the_server_holds_a_few_ranges_and_not_the_model(transfer) -> None:
     """Flower needs about three times a message; two messages may be on their way."""
-    _, _, peaks = transfer
-    assert peaks.megabytes["flwr-serverapp"] < 2400
+    _, peaks = transfer
+    assert peaks.megabytes["flwr-serverapp"] < 1500

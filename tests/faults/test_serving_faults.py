@@ -6,10 +6,15 @@ same folder and the same service, which remembers nothing else.
 
 import json
 import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
+import httpx
 import pytest
 from flwr.app import ConfigRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from local_grid import Fault, vector_in
 from serving_bench import STEP_SECONDS, Bench
 
@@ -30,6 +35,7 @@ from fedmerge.common.errors import (
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.deploy.streams.example import TASKS
+from fedmerge.server.peers import WINDOW
 
 A, B, C = 11, 12, 13
 SMALL = {"max_message_bytes": 1000, "range_bytes": 2000}
@@ -361,6 +367,109 @@ def test_half_of_what_an_earlier_server_wrote_is_ignored(tmp_path):
     assert bench.of("failed") == []
 
 
+# --- the SuperLink ---
+
+LOCKED = httpx.HTTPStatusError(
+    "database is locked", request=httpx.Request("POST", "http://link"), response=httpx.Response(500)
+)
+CUT_SHORT = ObjectPushError("0" * 64, 1, "session")
+CALLS = ("get_nodes", "push_messages", "pull_messages")
+
+
+class Killed(BaseException):
+    """The ServerApp ends here, without a chance to put anything in order."""
+
+
+@contextmanager
+def each_call(bench: Bench, before: Callable[[str], None], after: Callable[[str], None]) -> Iterator[None]:
+    """Something happens before, and something after, every call that reaches the grid."""
+
+    def watched(name: str, call: Callable):
+        def called(*args):
+            before(name)
+            answer = call(*args)
+            after(name)
+            return answer
+
+        return called
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
+            patch.setattr(bench.grid, name, watched(name, getattr(bench.grid, name)))
+        yield
+
+
+def nothing(_: str) -> None: ...
+
+
+def done(bench: Bench) -> bool:
+    return bench.learned() == [("a", "plain")] and bench.state("a").held.number == 1
+
+
+@pytest.mark.parametrize("error", [LOCKED, CUT_SHORT], ids=["locked", "cut short"])
+def test_a_superlink_that_fails_every_third_time_only_delays_a_transfer(tmp_path, error, trainings):
+    bench = Bench(tmp_path, **SMALL)
+    bench.join(A, "a", "plain")
+    struck, calls = [], Counter()
+
+    def fail(name: str) -> None:
+        calls[name] += 1
+        if calls[name] % 3 == 0:
+            struck.append(name)
+            raise error
+
+    with each_call(bench, fail, nothing):
+        bench.until(lambda: done(bench), steps=2000)
+    assert set(struck) == set(CALLS)
+    assert len(bench.failures("superlink")) == len(struck)
+    assert trainings == [("a", "plain")]
+    assert bench.state("a").merged.read_bytes() == bench.service.files[1]
+
+
+@pytest.mark.parametrize("kind", [wire.GET_SHARD, wire.PUT_SHARD])
+def test_a_range_whose_push_fails_after_it_has_left_does_no_harm(tmp_path, kind, trainings):
+    bench = Bench(tmp_path, **SMALL)
+    bench.join(A, "a", "plain")
+    failures = [CUT_SHORT]
+
+    def fail(name: str) -> None:
+        if name == "push_messages" and bench.sent(kind) == 2 and failures:
+            raise failures.pop()
+
+    with each_call(bench, nothing, fail):
+        bench.until(lambda: done(bench))
+    assert not failures
+    sent = indexes(bench, kind)
+    assert sent == [0, 1, *range(1, len(sent) - 1)]
+    assert trainings == [("a", "plain")]
+
+
+def test_a_superlink_that_fails_is_asked_less_and_less_often_and_uses_up_no_attempt(tmp_path):
+    bench = Bench(tmp_path, attempts=1)
+    bench.join(A, "a", "plain")
+    bench.step(3)
+    asked = []
+
+    def fail(name: str) -> None:
+        asked.append(name)
+        raise LOCKED
+
+    with each_call(bench, fail, nothing):
+        bench.step(120)
+    assert 20 <= len(asked) <= 32
+    bench.until(bench.learned)
+
+
+def test_a_run_that_has_ended_is_not_taken_for_a_superlink_that_fails(tmp_path):
+    bench = Bench(tmp_path)
+
+    def ended(name: str) -> None:
+        raise RuntimeError("the run has ended")
+
+    with each_call(bench, ended, nothing), pytest.raises(RuntimeError, match="the run has ended"):
+        bench.step()
+
+
 # --- transfers ---
 
 
@@ -399,6 +508,63 @@ def test_only_the_range_that_did_not_arrive_is_sent_again(tmp_path, fault):
     assert bench.state("a").merged.read_bytes() == bench.service.files[1]
 
 
+def killed_at_call(bench: Bench, number: int) -> bool:
+    """Lets a server work until it is killed right after so many calls; False if it was done before that."""
+    calls = []
+
+    def kill(name: str) -> None:
+        calls.append(name)
+        if len(calls) == number:
+            raise Killed
+
+    with each_call(bench, nothing, kill):
+        try:
+            bench.until(lambda: done(bench))
+        except Killed:
+            return True
+    return False
+
+
+def test_killed_after_any_call_a_server_in_a_transfer_sends_what_was_under_way_again(tmp_path, trainings):
+    """Besides the window, that is a range that had come and was not on the disk yet."""
+    number = 0
+    while True:
+        number += 1
+        trainings.clear()
+        bench = Bench(tmp_path / str(number), **SMALL)
+        bench.join(A, "a", "plain")
+        killed = killed_at_call(bench, number)
+        bench.restart()
+        bench.until(lambda bench=bench: done(bench))
+        assert trainings == [("a", "plain")]
+        assert bench.state("a").merged.read_bytes() == bench.service.files[1]
+        for kind in (wire.GET_SHARD, wire.PUT_SHARD):
+            sent = indexes(bench, kind)
+            assert set(sent) == set(range(max(sent) + 1))
+            assert len(sent) <= max(sent) + 1 + WINDOW + 1
+        if not killed:
+            break
+    assert number > 20
+
+
+def test_that_a_killed_server_forgets_what_had_arrived_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedmerge.common.ranges._read_record", lambda path: None)
+    bench = Bench(tmp_path, max_message_bytes=1000, range_bytes=1000)
+    bench.join(A, "a", "plain")
+    bench.until(lambda: bench.sent(wire.GET_SHARD) >= 6)
+    bench.restart()
+    bench.until(bench.learned)
+    sent = indexes(bench, wire.GET_SHARD)
+    assert len(sent) > max(sent) + 1 + WINDOW + 1
+
+
+def test_a_lost_range_is_not_waited_for_as_long_as_a_training(tmp_path):
+    bench = Bench(tmp_path, Fault(A, wire.GET_SHARD, nth=2, lost=True), timeout_seconds=36_000, **SMALL)
+    bench.join(A, "a", "plain")
+    bench.until(bench.learned)
+    assert bench.clock.now < 300
+
+
 @pytest.mark.parametrize("kind", [wire.GET_SHARD, wire.PUT_SHARD])
 def test_a_transfer_goes_on_after_a_restart_of_the_server(tmp_path, kind, trainings):
     bench = Bench(tmp_path, **SMALL)
@@ -408,7 +574,7 @@ def test_a_transfer_goes_on_after_a_restart_of_the_server(tmp_path, kind, traini
     bench.until(lambda: bench.state("a").held.number == 1)
     sent = indexes(bench, kind)
     assert set(sent) == set(range(max(sent) + 1))
-    assert len(sent) <= max(sent) + 1 + 2  # at most the two that were under way are sent again
+    assert len(sent) <= max(sent) + 1 + WINDOW  # at most those that were under way are sent again
     assert (bench.learned(), trainings) == ([("a", "plain")], [("a", "plain")])
     assert bench.state("a").merged.read_bytes() == bench.service.files[1]
 
@@ -427,7 +593,7 @@ def test_a_site_that_leaves_in_a_transfer_gets_the_rest_when_it_is_back(tmp_path
     assert bench.state("a").merged.read_bytes() == bench.service.files[1]
     assert trainings == [("a", "plain")]
     for kind in (wire.GET_SHARD, wire.PUT_SHARD):
-        assert len(indexes(bench, kind)) <= max(indexes(bench, kind)) + 1 + 2
+        assert len(indexes(bench, kind)) <= max(indexes(bench, kind)) + 1 + WINDOW
 
 
 def test_a_version_on_its_way_is_finished_before_a_newer_one_is_begun(tmp_path):
