@@ -41,12 +41,17 @@ class JsonLine(logging.Formatter):
 
 
 def log_to_stderr(level: Level = "info", form: Form = "text") -> None:
-    """Sends fedmerge's own messages, and nobody else's, to standard error; the first call decides how."""
+    """Sends fedmerge's own messages to standard error; the first call decides how.
+
+    Others' records stay as they are, but for those that nobody handles: Python prints them, in the same form.
+    """
     logger = logging.getLogger("fedmerge")
     if logger.handlers:
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLine() if form == "json" else OneLine())
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(handler.formatter)
     logger.addHandler(handler)
     logger.setLevel(level.upper())
     logger.propagate = False

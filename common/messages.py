@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
@@ -88,7 +89,8 @@ def to_dtype(value: int) -> records.Dtype:
 
 
 def pack_error(error: FedmergeError) -> list[tuple[str, str | bytes]]:
-    """Trailing metadata that tell an error; long texts are cut so that they fit into headers."""
+    """Trailing metadata that tell an error; long texts are cut so that they fit into headers, and a file
+    goes by its name alone: where it lies is nobody else's business."""
     name = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in KINDS)
     packed = next(
         data
@@ -117,9 +119,13 @@ def unpack_error(metadata: Mapping[str, str | bytes]) -> FedmergeError | None:
 
 def _error_json(name: str, error: FedmergeError, length: int) -> bytes:
     parts = {part: getattr(error, part) for part in PARTS}
-    texts = {part: str(value)[:length] for part, value in parts.items() if value is not None}
+    texts = {part: _text(value)[:length] for part, value in parts.items() if value is not None}
     told = {"error": name, "what": error.what[:length], **texts}
     return json.dumps(told, ensure_ascii=False).encode(errors="replace")
+
+
+def _text(value: object) -> str:
+    return value.name if isinstance(value, Path) else str(value)
 
 
 def _seconds(text: str | bytes | None) -> float | None:

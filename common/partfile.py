@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import os
@@ -21,7 +22,8 @@ SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 class PartFile:
     """The first bytes of a file to come; they stay beside the target, under a hidden name that tells of
-    which file they are, until all are there. Every method raises FileError if the disk does not do it.
+    which file they are, until all are there. Every method raises FileError if the disk does not do it, or
+    while somebody else has the same file on its way.
 
     Attributes:
         sha256: of the whole file, 64 hex digits; empty before it is known.
@@ -98,6 +100,7 @@ class PartFile:
         self._path, self.sha256 = path, sha256
         with self._writing():
             self._file = path.open("ab+")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.seek(0)
             while chunk := self._file.read(READ_BYTES):
                 self._hash.update(chunk)
@@ -107,5 +110,7 @@ class PartFile:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except BlockingIOError as error:
+            raise FileError("it is being fetched already", where=self._target) from error
         except OSError as error:
             raise FileError("cannot be written", where=self._target, got=error.strerror) from error

@@ -41,7 +41,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fedmerge.common.errors import ConfigError, Duplicate, FedmergeError, FileError, NotFound, StoreDamaged
 from fedmerge.common.names import SITE_NAME
 from fedmerge.common.tls import TlsFiles, check_dates, check_pair, check_private, hosts_of, read_certificate
-from fedmerge.common.writing import replacing
+from fedmerge.common.writing import replacing, sync_folder
 from fedmerge.server.service.access import LOCAL, Role
 
 SERVER, GATEWAY = "server", "gateway"
@@ -431,12 +431,15 @@ def _new_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise ConfigError("is there already and is not written over", where=path)
     path.parent.mkdir(mode=0o700, exist_ok=True)
+    sync_folder(path.parent.parent)
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(mode=0o700)
     try:
         yield part
+        sync_folder(part)
         part.rename(path)
+        sync_folder(path.parent)
     except OSError as error:
         raise FileError("cannot be written", where=path, got=error.strerror) from error
     except FedmergeError:

@@ -80,6 +80,7 @@ def check_server(config: ServerConfig) -> list[Check]:
         lambda _: versions("fedmerge", "flwr", "torch", "ray", "grpcio"),
         lambda config: folder("state folder", config.state.folder),
         ledger,
+        rule,
         base,
         server_certificates,
         site_keys,
@@ -197,12 +198,15 @@ def folder(name: str, path: Path) -> Checks:
 
 def ledger(config: ServerConfig) -> Checks:
     """Whether a server runs here, and whether the ledger is whole."""
+    from fedmerge.server.store.blobs import BLOBS
     from fedmerge.server.store.ledger import LEDGER
     from fedmerge.server.store.lock import hold
 
     path = config.state.folder / LEDGER
     if not path.exists():
-        yield Check("ledger", "ok", "none yet; the first start makes it")
+        lost = any((config.state.folder / BLOBS).glob("*/*"))
+        found = "gone, and its blobs are there" if lost else "none yet; the first start makes it"
+        yield Check("ledger", "FAIL" if lost else "ok", found, "Restore it." if lost else "")
         return
     try:
         with hold(config.state.folder):
@@ -217,6 +221,13 @@ def ledger(config: ServerConfig) -> Checks:
     yield Check(
         "ledger", "ok" if verdict == "ok" else "FAIL", verdict, "" if verdict == "ok" else "Restore it."
     )
+
+
+def rule(config: ServerConfig) -> Checks:
+    """Whether there is such a merge rule, with such options."""
+    from fedmerge.server.merge import make_rule
+
+    yield from _attempt("rule", lambda: make_rule(config.rule.name, config.rule.options).name)
 
 
 def base(config: ServerConfig) -> Checks:
@@ -247,7 +258,7 @@ def server_certificates(config: ServerConfig) -> Checks:
         yield from _dates("authority", tls.ca)
     if config.flower.enabled and not found:
         yield from _attempt("certificate, on loopback", lambda: _loopback(tls.cert))
-    yield from _revocations(tls.crl)
+    yield from _revocations(tls.ca, tls.crl)
 
 
 def site_keys(config: ServerConfig) -> Checks:
@@ -458,12 +469,15 @@ def _dates(name: str, path: Path) -> Checks:
     )
 
 
-def _revocations(path: Path) -> Checks:
+def _revocations(ca: Path, path: Path) -> Checks:
+    from fedmerge.server.service.access import CertificateAccess
+
     try:
+        CertificateAccess(ca, path)
         listed = x509.load_pem_x509_crl(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (FedmergeError, OSError, ValueError) as error:
         do = "Copy the authority's crl.pem there; without it no client is let in."
-        yield Check("revocations", "FAIL", f"{path}: {error}", do)
+        yield Check("revocations", "FAIL", str(error), do)
         return
     yield Check("revocations", "ok", f"{len(listed)} certificates are revoked")
 

@@ -10,10 +10,12 @@ somebody asks.
 from __future__ import annotations
 
 import shutil
+import ssl
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import (
     CollectorRegistry,
@@ -35,6 +37,9 @@ Step = Literal["admit", "absorb", "commit", "snapshot"]
 """Timed parts of an update's way: checks, the engine, the ledger, the engine's state to disk."""
 
 SECONDS = (0.005, 0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+IDLE_SECONDS = 10.0
+"""For what whoever connects to the endpoint has to send next."""
 
 REASONS = frozenset(
     name
@@ -133,6 +138,7 @@ class Metrics:
                 got=str(error),
                 do="Choose another address in [metrics] listen, or leave it empty for none.",
             ) from error
+        _bound(server)
         try:
             yield server.server_port
         finally:
@@ -148,6 +154,14 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
         return Histogram(f"fedmerge_{name}", text, labels, registry=self.registry, buckets=SECONDS)
+
+
+def _bound(server: WSGIServer) -> None:
+    """Nobody who connects and then says nothing keeps others waiting: a handshake is its thread's affair."""
+    if isinstance(server.socket, ssl.SSLSocket):
+        server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined]  # typeshed's gap
+    handler = cast(type[WSGIRequestHandler], server.RequestHandlerClass)
+    server.RequestHandlerClass = type(handler.__name__, (handler,), {"timeout": IDLE_SECONDS})
 
 
 class _StatusCollector(Collector):

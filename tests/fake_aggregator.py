@@ -136,7 +136,7 @@ class FakeAggregator:
     def update(self, update: str) -> UpdateRecord:
         self.calls["update"] += 1
         if update not in self._updates:
-            raise NotFound("no such update", got=update)
+            raise NotFound("no such update", got=repr(update))
         return self._updates[update]
 
     def updates(self, after: int = 0, limit: int = 100) -> list[UpdateRecord]:

@@ -16,7 +16,7 @@ from fedmerge.common.writing import replacing
 from fedmerge.deploy.launch.config import ClientConfig, local
 from fedmerge.deploy.launch.explain import explain
 from fedmerge.deploy.launch.ports import wait_free
-from fedmerge.deploy.launch.processes import QUIET, Command, KeptRunning, executable, until_told
+from fedmerge.deploy.launch.processes import QUIET, Command, KeptRunning, executable, settle, until_told
 
 logger = logging.getLogger("fedmerge.launch")
 
@@ -44,6 +44,7 @@ def run_client(config: ClientConfig) -> None:
     Raises:
         FedmergeError: it cannot take part, or the SuperNode does not stay up.
     """
+    settle()
     stopping = threading.Event()
     with ExitStack() as stack:
         stack.enter_context(until_told(stopping))

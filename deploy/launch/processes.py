@@ -40,6 +40,8 @@ QUIET = {
 }
 """For Flower's processes and Ray's: nothing phones home or installs packages, output comes at once."""
 
+LOOPBACK = ("127.0.0.1", "localhost")
+
 TAIL_LINES = 200
 """How many last lines of a command are kept to tell why it ended."""
 
@@ -295,6 +297,15 @@ def wait_until(
                 do=f"Its last lines: {' | '.join(list(running.tail)[-5:])}" if running.tail else None,
             )
     return True
+
+
+def settle() -> None:
+    """Once, for this process and all it starts: files are their owner's alone, and this machine is reached
+    without the proxy that the environment may name for others."""
+    os.umask(0o077)
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    direct = ",".join(filter(None, (named, *LOOPBACK)))
+    os.environ.update(no_proxy=direct, NO_PROXY=direct)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from fedmerge.common.tls import server_credentials
 from fedmerge.deploy.launch.config import EngineChoice, HostPort, Model, ServerConfig, local
 from fedmerge.deploy.launch.explain import explain
 from fedmerge.deploy.launch.ports import wait_free
-from fedmerge.deploy.launch.processes import KeptRunning, NewLines, until_told, wait_until
+from fedmerge.deploy.launch.processes import KeptRunning, NewLines, settle, until_told, wait_until
 from fedmerge.deploy.launch.proxy import FleetProxy
 from fedmerge.deploy.launch.superlink import ONLINE, Control, Place, ServingRun, Sites, Value
 from fedmerge.deploy.offline import kinds_by_name
@@ -59,6 +59,7 @@ def run_server(config: ServerConfig) -> None:
     Raises:
         FedmergeError: it cannot start, or something does not stay up; everything is stopped by then.
     """
+    settle()
     stopping = threading.Event()
     with ExitStack() as stack:
         looks: list[Look] = []

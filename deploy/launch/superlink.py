@@ -53,6 +53,9 @@ FINISHED = "finished"
 LOOK_SECONDS = 3.0
 """Between two questions about the run."""
 
+ANSWER_SECONDS = 10.0
+"""A SuperLink on this machine that needs longer for an answer hangs, and must not hold up a stop."""
+
 PYPROJECT = """\
 [project]
 name = "fedmerge"
@@ -92,6 +95,10 @@ class Place:
         return f"127.0.0.1:{self.port}"
 
     @property
+    def url(self) -> str:
+        return f"{'http' if self.tls is None else 'https'}://{self.address}"
+
+    @property
     def secret(self) -> Path:
         return self.folder / "superexec.secret"
 
@@ -124,14 +131,16 @@ class Place:
         argv += ["--insecure"] if self.tls is None else ["--root-certificates", str(self.tls.ca)]
         return self._command("superexec", argv, environment)
 
+    def trust(self) -> ssl.SSLContext:
+        """Whose certificate it must show. Raises OSError."""
+        return ssl.create_default_context(cafile=None if self.tls is None else self.tls.ca)
+
     def healthy(self) -> bool:
         """Whether the SuperLink answers."""
-        scheme = "http" if self.tls is None else "https"
-        context = ssl.create_default_context(cafile=None if self.tls is None else self.tls.ca)
         try:
-            answer = httpx.get(f"{scheme}://{self.address}/health", verify=context, trust_env=False)
+            answer = httpx.get(f"{self.url}/health", verify=self.trust(), trust_env=False)
             return answer.is_success
-        except httpx.HTTPError:
+        except (httpx.HTTPError, OSError):
             return False
 
     def _command(self, name: str, argv: list[str], environment: Mapping[str, str] | None = None) -> Command:
@@ -154,8 +163,7 @@ class Control:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        ca = None if place.tls is None else place.tls.ca.read_bytes()
-        self._client = ControlHttpClient.from_server_address(place.address, ca is None, ca, interceptors=())
+        self._client = ControlHttpClient(place.url, verify=place.trust(), timeout=ANSWER_SECONDS)
 
     def nodes(self) -> list[Node]:
         """Every SuperNode ever registered, also those taken out since."""
@@ -217,15 +225,20 @@ class Sites:
     def apply(self, control: Control) -> None:
         """Registers the keys that are new and takes out the SuperNodes whose key is gone.
 
-        A file that cannot be used is logged and left out, so that one site's mistake stops no other.
+        Taking out is for good. So it needs a key that is gone: a file that cannot be used is logged and
+        changes nothing for its site, nor for others, and neither does a folder that is missing.
         """
         stamp = self._stamp()
         known = {node.key: node for node in control.nodes()}
-        wanted = self._readable()
+        if not self._folder.is_dir():
+            logger.error("%s is missing: no site is let in or taken out", self._folder)
+            self._seen = stamp
+            return
+        wanted, unclear = self._readable()
         for key, name in wanted.items():
             self._admit(control, key, name, known.get(key))
         for key, node in known.items():
-            if key not in wanted and node.status != UNREGISTERED:
+            if key not in wanted and node.name not in unclear and node.status != UNREGISTERED:
                 control.unregister(node.id)
                 logger.warning("site %s is taken out: its key is no longer in %s", node.name, self._folder)
         self._seen = stamp
@@ -239,8 +252,10 @@ class Sites:
         elif node.name != name:
             logger.error("the key of site %s was registered as %s and keeps that name", name, node.name)
 
-    def _readable(self) -> dict[bytes, str]:
+    def _readable(self) -> tuple[dict[bytes, str], set[str]]:
+        """Sites by their keys, and the sites whose file cannot be used."""
         found: dict[bytes, str] = {}
+        unclear: set[str] = set()
         for name, path in key_files(self._folder):
             try:
                 key = read_public_key(path)
@@ -249,10 +264,15 @@ class Sites:
                 found[key] = name
             except (FileError, ConfigError, Duplicate) as error:
                 logger.error("%s", error)
-        return found
+                unclear.add(name)
+        return found, unclear
 
     def _stamp(self) -> object:
-        return {path: path.stat().st_mtime_ns for _, path in key_files(self._folder) if path.exists()}
+        stamps: dict[Path, int] = {}
+        for _, path in key_files(self._folder):
+            with suppress(OSError):
+                stamps[path] = path.stat().st_ctime_ns
+        return stamps
 
 
 class ServingRun:

@@ -17,7 +17,7 @@ from typing import Self
 
 from torch import Tensor
 
-from fedmerge.common.errors import FactorisationFailed, UnknownLayer
+from fedmerge.common.errors import EngineError, FactorisationFailed, UnknownLayer
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import Dense, TaskVector
 from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals
@@ -210,7 +210,7 @@ class Engine(ABC):
 
 @contextmanager
 def factorising(layer: str) -> Iterator[None]:
-    """Says which layer it was when linear algebra gives up."""
+    """Says which layer of an update it was when linear algebra gives up."""
     try:
         yield
     except LinAlgError as error:
@@ -218,4 +218,17 @@ def factorising(layer: str) -> Iterator[None]:
             f"the factorisation failed: {error}",
             layer=layer,
             do="The update was not merged; check its values for extreme ranges.",
+        ) from error
+
+
+@contextmanager
+def factorising_model(layer: str) -> Iterator[None]:
+    """The same for the model itself, which is the fault of no update that comes later."""
+    try:
+        yield
+    except LinAlgError as error:
+        raise EngineError(
+            f"the factorisation failed: {error}",
+            layer=layer,
+            do="The model can take no further update; roll back to an earlier version.",
         ) from error

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank
-from fedmerge.server.engine.engine import factorising
+from fedmerge.server.engine.engine import factorising, factorising_model
 from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals, tensors_of
 
 ALIGNMENT_BYTES = 64
@@ -63,7 +63,7 @@ class Shard:
     def prepare(self, name: str) -> None:
         """Factorises one layer's state for the next arrival, unless that was done."""
         if name not in self._prepared:
-            with factorising(name):
+            with factorising_model(name):
                 self._prepared[name] = self.rule.prepare(self._state(name))
 
     def read(self, name: str, totals: Totals, pending: bool = False) -> Tensor:

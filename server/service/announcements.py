@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 
 from fedmerge.common.errors import FedmergeError, Unreachable
 from fedmerge.common.records import AggregationService, VersionRecord
 
 logger = logging.getLogger(__name__)
 
+PAUSE_SECONDS = 1.0
+"""Before the aggregator is asked again after an error."""
+
 
 class Announcements:
     """Tells watchers of one event loop about new versions, however many they are.
 
-    The thread ends with the aggregator's own stream; it holds nothing up when the process ends.
+    The thread ends with the aggregator's own stream, and begins anew when that fails; it holds nothing up
+    when the process ends.
     """
 
     def __init__(self, aggregator: AggregationService) -> None:
@@ -43,13 +48,20 @@ class Announcements:
         self._changed.set()
 
     def _follow(self) -> None:
+        while not self._follow_to_the_end():
+            time.sleep(PAUSE_SECONDS)
+        self._call(self.end)
+
+    def _follow_to_the_end(self) -> bool:
+        """Announces versions; False if the aggregator could not tell them any more."""
         try:
             for record in self._aggregator.watch(-1):
                 if not self._call(self._announce, record):
-                    return
+                    break
         except FedmergeError as error:
-            logger.warning("new versions are no longer announced: %s", error)
-        self._call(self.end)
+            logger.warning("new versions are not announced for now: %s", error)
+            return self._ended
+        return True
 
     def _call(self, function: object, *args: object) -> bool:
         """Runs a function in the event loop; False if that is over."""

@@ -29,6 +29,9 @@ from fedmerge.server.service.servicer import ROLES, SERVICE, AggregatorServicer,
 from fedmerge.server.service.settings import ServiceSettings
 from fedmerge.server.service.threads import Threads
 
+HEALTH_SECONDS = 1.0
+"""For telling those who watch our health that we stop; one that does not read must not hold us up."""
+
 SPARE_CALLS = 64
 """Calls beyond the settings' that are taken on to be refused in words; gRPC drops further ones."""
 
@@ -82,7 +85,7 @@ class _Door:
 
     def __init__(self, listener: Listener, servicer: AggregatorServicer, settings: ServiceSettings) -> None:
         self._listener = listener
-        self._guard = Guard(listener.access, SERVICE, ROLES)
+        self._guard = Guard(listener.access, SERVICE, ROLES, settings)
         self._server = grpc.aio.server(
             interceptors=[self._guard],
             options=_options(settings),
@@ -103,7 +106,9 @@ class _Door:
 
     async def close(self, grace_seconds: float) -> None:
         """Says that it does not serve any more, and ends what takes longer than it may."""
-        await self._health.enter_graceful_shutdown()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HEALTH_SECONDS):
+                await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_seconds)
         await self._guard.ended()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -12,6 +13,7 @@ import grpc
 
 from fedmerge.common.errors import ConfigError, FileError, NotFound, TooLarge
 from fedmerge.common.messages import MOST_LISTED, to_dtype, to_message
+from fedmerge.common.partfile import SHA256
 from fedmerge.common.records import AggregationService, Dtype, Receipt, VersionRecord
 from fedmerge.protos.fedmerge.v1 import aggregator_pb2 as pb
 from fedmerge.protos.fedmerge.v1.aggregator_pb2_grpc import AggregatorServicer as Contract
@@ -124,6 +126,8 @@ class AggregatorServicer(Contract):
         received = 0
         async with Lane(self._threads) as writing:
             while (chunk := await _upload_chunk(context, pace)) is not None:
+                if not chunk:
+                    raise FileError("a chunk without bytes")
                 received += len(chunk)
                 if received > size:
                     raise TooLarge("more bytes than announced", got=f"over {size}", wanted=f"{size}")
@@ -142,12 +146,13 @@ class AggregatorServicer(Contract):
                 offset = request.offset if request.sha256 == published.sha256 else 0
                 if not 0 <= offset <= published.size:
                     raise ConfigError("the offset is outside the file", got=offset, wanted=published.size)
-                await context.write(_pull_header(published, offset))
-                await self._send(published.path, offset, context)
+                pace = Pace(CALLER.get().name, self._settings)
+                async with pace.waiting():
+                    await context.write(_pull_header(published, offset))
+                await self._send(published.path, offset, context, pace)
 
-    async def _send(self, path: Path, offset: int, context: Context) -> None:
+    async def _send(self, path: Path, offset: int, context: Context, pace: Pace) -> None:
         """Sends a file while the next chunk is read; holds two chunks."""
-        pace = Pace(CALLER.get().name, self._settings)
         opening = partial(path.open, "rb", buffering=0)
         async with self._threads.opened(opening) as file, Lane(self._threads) as reading:
             file.seek(offset)
@@ -169,13 +174,16 @@ class AggregatorServicer(Contract):
                 known = record.number
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.Status:
-        return to_message(await self._call(self._aggregator.status))  # type: ignore[no-any-return]
+        status = await self._call(self._aggregator.status)
+        if CALLER.get().roles <= {Role.SITE}:
+            status = replace(status, failing=status.failing.partition(":")[0])
+        return to_message(status)  # type: ignore[no-any-return]
 
     async def GetUpdate(self, request: pb.GetUpdateRequest, context: Context) -> pb.UpdateRecord:
         caller = CALLER.get()
         record = await self._call(self._aggregator.update, request.update)
         if record.site != caller.name and caller.roles <= {Role.SITE}:
-            raise NotFound("no such update", got=request.update)
+            raise NotFound("no such update", got=repr(request.update))
         return to_message(record)  # type: ignore[no-any-return]
 
     async def ListUpdates(self, request: pb.ListUpdatesRequest, context: Context) -> pb.ListUpdatesResponse:
@@ -233,6 +241,8 @@ async def _upload_header(context: Context, pace: Pace) -> pb.UploadHeader:
         raise FileError("an upload begins with its header")
     if message.header.size < 1:
         raise FileError("an upload needs bytes", got=message.header.size, wanted="a size of at least 1")
+    if not SHA256.fullmatch(message.header.sha256):
+        raise FileError("not a SHA-256", got=ascii(message.header.sha256[:80]))
     return message.header
 
 

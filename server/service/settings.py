@@ -21,7 +21,8 @@ class ServiceSettings(BaseModel):
         min_bytes_per_second: what a transfer must reach on average, ``grace_seconds`` after it began;
             only the time spent waiting for the other side counts.
         uploads, pulls, watchers, calls: how many at a time, all sites together; a call is any other method.
-        uploads_per_site: how many at a time of one site.
+        uploads_per_site: how many at a time of one site. ``calls_per_site``: likewise of everything it asks,
+            uploads, transfers and watching included.
         keepalive_seconds: silence after which a connection is tried; it is dropped ``keepalive_timeout``
             seconds later.
         stop_seconds: how long calls under way may still take when the service stops.
@@ -38,6 +39,7 @@ class ServiceSettings(BaseModel):
     pulls: Count = 16
     watchers: Count = 256
     calls: Count = 32
+    calls_per_site: Count = 6
     keepalive_seconds: Annotated[float, Field(ge=10, le=7200)] = 30.0
     keepalive_timeout: Seconds = 20.0
     stop_seconds: Annotated[float, Field(ge=0, le=3600)] = 10.0

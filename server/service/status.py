@@ -58,7 +58,9 @@ LONGEST_DETAIL = 200
 
 
 async def abort(context: Context, error: FedmergeError) -> NoReturn:
-    """Ends a call with an error's status; the client raises the same error again."""
+    """Ends a call with an error's status; the client raises the same error again. Our own are logged."""
+    if isinstance(error, errors.StoreError | errors.EngineError):
+        logger.error("%s", error)
     details = f"{type(error).__name__}: {error.what}"[:LONGEST_DETAIL]
     await context.abort(STATUS[type(error)], details, tuple(pack_error(error)))
 

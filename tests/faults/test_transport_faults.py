@@ -20,6 +20,7 @@ from fake_aggregator import FakeAccess, FakeAggregator, Opened
 
 from fedmerge.common.errors import Busy, FileError, LimitError, Unreachable
 from fedmerge.common.messages import CHUNK_BYTES, RETRY_KEY, unpack_error
+from fedmerge.common.partfile import PartFile
 from fedmerge.common.records import Dtype
 from fedmerge.common.remote import RemoteAggregator
 from fedmerge.protos.fedmerge.v1 import aggregator_pb2 as pb
@@ -519,3 +520,37 @@ def test_a_server_that_is_gone_is_told_with_the_way_out(tmp_path: Path, vector: 
             with pytest.raises(Unreachable, match="Is it running"):
                 ask()
     assert not list(tmp_path.glob(".merged*"))
+
+
+def test_two_fetches_into_one_file_do_not_mix_their_bytes(tmp_path: Path) -> None:
+    """Both would verify what they received, and leave what both have written."""
+    data, into = os.urandom(1000), tmp_path / "merged.safetensors"
+    sha256 = hashlib.sha256(data).hexdigest()
+    with PartFile(into) as first, PartFile(into) as second:
+        first.expect(sha256, 0)
+        first.append(data[:500])
+        with pytest.raises(FileError, match="is being fetched already"):
+            second.expect(sha256, 0)
+        with pytest.raises(FileError, match="is being fetched already"), PartFile(into):
+            pass
+        first.append(data[500:])
+        first.finish()
+    assert into.read_bytes() == data
+
+
+def test_a_chunk_without_bytes_ends_an_upload(
+    fake: FakeAggregator, serve: Callable[..., Service], stub: Callable[[Service], Any]
+) -> None:
+    """A stream of them would cost the server time and never end."""
+    over = threading.Event()
+
+    def endless() -> Iterator[pb.SubmitRequest]:
+        yield header(b"abc")
+        while not over.is_set():
+            yield pb.SubmitRequest(chunk=b"")
+
+    with pytest.raises(grpc.RpcError) as caught:
+        stub(serve()).Submit(endless(), timeout=SECONDS)
+    over.set()
+    assert isinstance(unpack_error(dict(caught.value.trailing_metadata())), FileError)  # type: ignore
+    assert not fake.parts()

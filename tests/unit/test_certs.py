@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -242,3 +243,22 @@ def test_the_commands_make_list_and_revoke_and_show_no_key(
 def test_a_folder_without_an_authority_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fedmerge certs init"):
         run(tmp_path / "none", "site", "a")
+
+
+def test_what_is_handed_over_is_on_disk_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noted(handle: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    authority = Authority.create(tmp_path / "certs")
+    monkeypatch.setattr(os, "fsync", noted)
+    folder = authority.site("hospital-1")
+    files = {str(path.name) for path in folder.iterdir()}
+    assert files <= {Path(path).name for path in synced}
+    assert synced[-1] == str(folder.parent)
+    assert str(authority.folder) in synced

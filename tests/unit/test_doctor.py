@@ -355,3 +355,28 @@ def test_an_exit_code_is_explained_and_an_unknown_one_is_not() -> None:
     assert out.getvalue().count("305: ") >= 5
     assert doctor.print_causes(999, console) == 1
     assert "known are 104" in out.getvalue()
+
+
+def test_revocations_of_another_authority_are_a_failure(copied: Path, tmp_path: Path) -> None:
+    """The server would let nobody in."""
+    other = Authority.create(tmp_path / "other")
+    shutil.copy(other.folder / "crl.pem", copied / "crl.pem")
+    found = seen(doctor.server_certificates(server_config(tmp_path, copied)))
+    assert found["revocations"] == "FAIL"
+
+
+def test_a_ledger_that_is_gone_from_its_blobs_is_a_failure(certs: Path, tmp_path: Path) -> None:
+    config = server_config(tmp_path, certs)
+    blob = config.state.folder / "blobs" / "ab" / f"{'ab' * 32}.safetensors"
+    blob.parent.mkdir(parents=True)
+    blob.touch()
+    assert seen(doctor.ledger(config)) == {"ledger": "FAIL"}
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [("", "ok"), ('name = "opcn"', "FAIL"), ("options = { beta = 1 }", "FAIL")],
+)
+def test_a_rule_that_there_is_not_is_a_failure(given: str, verdict: str, certs: Path, tmp_path: Path) -> None:
+    config = server_config(tmp_path, certs, f"[rule]\n{given}")
+    assert seen(doctor.rule(config)) == {"rule": verdict}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -99,3 +100,18 @@ def test_a_checkpoint_s_layers_have_the_kinds_that_are_given(tmp_path: Path) -> 
     assert {name: str(layer.kind) for name, layer in kinds.items()} == {"a.w": "matrix", "b.w": "vector"}
     with pytest.raises(UnknownLayer, match=r"c\.\*"):
         open_model(Model(base=base, kinds={"vector": ("c.*",)}))
+
+
+def test_whatever_the_umask_only_its_owner_reaches_the_socket_and_reads_the_state(config: Path) -> None:
+    """The folder may have been made by somebody else, open to all."""
+    state = config.parent / "state"
+    state.mkdir()
+    state.chmod(0o777)
+    before = os.umask(0)
+    try:
+        with started(config):
+            modes = {path.name: path.stat().st_mode & 0o077 for path in state.iterdir()}
+    finally:
+        os.umask(before)
+    assert set(modes) >= {"aggregator.sock", "ledger.sqlite"}
+    assert not any(modes.values()), modes

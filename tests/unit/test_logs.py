@@ -19,7 +19,10 @@ def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], list[str
     logger = logging.getLogger("fedmerge")
     before = logger.handlers[:], logger.level, logger.propagate
     logger.handlers.clear()
+    last = logging.lastResort
+    assert last is not None
     yield lambda: capsys.readouterr().err.splitlines()
+    last.setFormatter(None)
     logger.handlers[:], logger.level, logger.propagate = before
 
 
@@ -75,3 +78,16 @@ def test_other_libraries_are_not_logged(logged: Callable[[], list[str]]) -> None
     log_to_stderr()
     logging.getLogger("somebody.else").info("not ours")
     assert logged() == []
+
+
+def test_what_nobody_handles_is_a_line_of_the_same_form(logged: Callable[[], list[str]]) -> None:
+    """Python prints such records itself; a web server's complaint must not break a collector's lines."""
+    log_to_stderr(form="json")
+    others, root = logging.getLogger("somebody.else"), logging.getLogger()
+    handlers, root.handlers = root.handlers, []
+    try:
+        others.warning("refused %s", HOSTILE)
+    finally:
+        root.handlers = handlers
+    (line,) = logged()
+    assert json.loads(line)["message"] == f"refused {HOSTILE}"

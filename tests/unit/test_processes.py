@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fedmerge.deploy.launch.processes import (
     executable,
     parsed,
     record_of,
+    settle,
     until_told,
     wait_until,
 )
@@ -327,3 +329,18 @@ def test_a_signal_sets_the_event_and_earlier_handlers_come_back() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert stopping.is_set()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_proxy_of_the_environment_is_not_used_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
+    monkeypatch.setenv("NO_PROXY", "intern.example.org")
+    monkeypatch.delenv("no_proxy", raising=False)
+    before = os.umask(0o022)
+    try:
+        settle()
+    finally:
+        assert os.umask(before) == 0o077
+    assert urllib.request.proxy_bypass("127.0.0.1")
+    assert urllib.request.proxy_bypass("localhost")
+    assert urllib.request.proxy_bypass("intern.example.org")
+    assert not urllib.request.proxy_bypass("fed.example.org")

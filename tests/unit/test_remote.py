@@ -26,18 +26,19 @@ from fedmerge.common.errors import (
     Forbidden,
     NotFound,
     StateError,
+    StoreFull,
     Unauthenticated,
     Unreachable,
 )
 from fedmerge.common.messages import KINDS
-from fedmerge.common.records import Receipt, UpdateState, VersionKind
+from fedmerge.common.records import Receipt, UpdateState, VersionKind, VersionRecord
 from fedmerge.common.remote import RemoteAggregator
 from fedmerge.protos.fedmerge.v1 import aggregator_pb2 as pb
 from fedmerge.server.metrics import Metrics
 from fedmerge.server.service.access import LoopbackAccess, Role, SocketAccess
 from fedmerge.server.service.guard import Guard
 from fedmerge.server.service.server import Listener, Service
-from fedmerge.server.service.servicer import ROLES, SERVICE
+from fedmerge.server.service.servicer import ROLES, SERVICE, AggregatorServicer
 from fedmerge.server.service.settings import ServiceSettings
 from fedmerge.server.service.status import STATUS
 
@@ -249,7 +250,8 @@ def first_answer(channel: grpc.Channel, method: Any) -> grpc.StatusCode:
 def test_a_method_without_a_row_is_refused(fake: FakeAggregator, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {name: roles for name, roles in ROLES.items() if name != "GetStatus"}
     monkeypatch.setattr(
-        "fedmerge.server.service.server.Guard", lambda access, service, roles: Guard(access, service, rows)
+        "fedmerge.server.service.server.Guard",
+        lambda access, service, roles, settings: Guard(access, service, rows, settings),
     )
     with (
         Service(fake, [Listener("127.0.0.1:0", FakeAccess())], ServiceSettings(stop_seconds=0)) as service,
@@ -483,3 +485,41 @@ def test_calls_beyond_the_limit_are_told_when_to_come_back(fake: FakeAggregator,
     go_on.set()
     first.join()
     assert remote.version().number == 0
+
+
+def test_this_machine_is_reached_without_the_environment_s_proxy(
+    fake: FakeAggregator, connect: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        assert connect(fake).version().number == 0
+
+
+def test_a_server_that_ends_a_fetch_without_a_word_is_a_typed_error(
+    fake: FakeAggregator, connect: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def nothing(self: object, request: object, context: object) -> None: ...
+
+    monkeypatch.setattr(AggregatorServicer, "Pull", nothing)
+    with pytest.raises(FileError, match="begins with its header"):
+        connect(fake).fetch(tmp_path / "out")
+
+
+def test_watchers_hear_of_versions_again_after_the_ledger_failed_once(
+    fake: FakeAggregator, connect: Start, vector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, failures = fake.watch, [StoreFull("cannot be read")]
+
+    def failing(after: int) -> Iterator[VersionRecord]:
+        if failures:
+            raise failures.pop()
+        return watch(after)
+
+    monkeypatch.setattr(fake, "watch", failing)
+    monkeypatch.setattr("fedmerge.server.service.announcements.PAUSE_SECONDS", 0.01)
+    remote = connect(fake)
+    remote.submit(vector, site="site-1")
+    assert next(remote.watch(0)).number == 1
+    assert not failures

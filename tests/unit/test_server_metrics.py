@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
+import threading
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 
 from fedmerge.common.errors import ConfigError, FedmergeError, NonFinite, StoreDamaged
 from fedmerge.common.records import Status
+from fedmerge.common.tls import is_loopback
+from fedmerge.deploy.authority import Authority, tls_files
 from fedmerge.server.metrics import REASONS, Metrics
 
 STATUS = Status(
@@ -126,3 +130,33 @@ def test_a_taken_port_is_a_typed_error_that_names_the_address() -> None:
 def test_an_address_that_others_can_reach_needs_tls() -> None:
     with pytest.raises(ConfigError, match="needs TLS"), Metrics().serve("0.0.0.0", 0):
         pass
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_a_client_that_says_nothing_holds_up_neither_a_scrape_nor_the_end(host: str, tmp_path: Path) -> None:
+    authority = Authority.create(tmp_path / "certs")
+    files = tls_files(authority.server(["localhost"]))
+    trust = ssl.create_default_context(cafile=files.ca)
+    scheme = "http" if is_loopback(host) else "https"
+    ended = threading.Event()
+    with socket.socket() as silent:
+
+        def scraped() -> None:
+            with Metrics().serve(host, 0, files) as port:
+                silent.connect(("127.0.0.1", port))
+                urllib.request.urlopen(
+                    f"{scheme}://127.0.0.1:{port}/metrics", timeout=10, context=trust
+                ).close()
+            ended.set()
+
+        threading.Thread(target=scraped, daemon=True).start()
+        assert ended.wait(15)
+
+
+def test_whoever_connects_and_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmerge.server.metrics.IDLE_SECONDS", 0.2)
+    with (
+        Metrics().serve("127.0.0.1", 0) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=10) as silent,
+    ):
+        assert silent.recv(1) == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import stat
 import tomllib
 from io import BytesIO
@@ -328,3 +329,56 @@ def test_a_superlink_that_is_away_is_unreachable() -> None:
     with pytest.raises(Unreachable, match="does not answer"):
         control.nodes()
     control.close()
+
+
+def test_a_key_that_cannot_be_read_for_a_moment_takes_nobody_out(
+    control: FakeControl, tmp_path: Path, errors: pytest.LogCaptureFixture
+) -> None:
+    """Being taken out is for good."""
+    sites, key = Sites(tmp_path), public_key()
+    (tmp_path / "a.pub").write_bytes(key)
+    sites.apply(control)
+    (tmp_path / "a.pub").write_bytes(b"")  # as a copy over it begins
+    sites.apply(control)
+    assert control.names() == ["a"]
+    assert "a.pub: not a public key" in errors.text
+    (tmp_path / "a.pub").write_bytes(key)
+    assert sites.changed()
+    sites.apply(control)
+    assert control.names() == ["a"]
+
+
+def test_a_folder_that_is_missing_takes_nobody_out(
+    control: FakeControl, tmp_path: Path, errors: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    sites = Sites(folder)
+    (folder / "a.pub").write_bytes(public_key())
+    sites.apply(control)
+    folder.rename(tmp_path / "elsewhere")
+    assert sites.changed()
+    sites.apply(control)
+    assert control.names() == ["a"]
+    assert "is missing" in errors.text
+    (tmp_path / "elsewhere").rename(folder)
+    (folder / "a.pub").unlink()
+    sites.apply(control)
+    assert control.names() == []
+
+
+def test_an_authority_that_is_replaced_at_the_moment_is_no_error_of_the_server(tmp_path: Path) -> None:
+    files = TlsFiles(ca=tmp_path / "ca.crt", cert=tmp_path / "server.crt", key=tmp_path / "server.key")
+    place = Place(tmp_path, 1, files)
+    assert not place.healthy()
+    files.ca.write_text("half a cert")
+    assert not place.healthy()
+
+
+def test_a_superlink_that_hangs_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmerge.deploy.launch.superlink.ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        control = Control(Place(Path(), hanging.getsockname()[1], None))
+        with pytest.raises(Unreachable, match="timed out"):
+            control.nodes()
+        control.close()
