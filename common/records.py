@@ -23,7 +23,7 @@ class UpdateState(StrEnum):
     HELD = "held"  # durable, waits for approval
     MERGED = "merged"  # part of the version it names, whatever was done to versions since
     REJECTED = "rejected"  # by an admin, while it was held
-    FAILED = "failed"  # the engine could not merge it; the reason is recorded
+    FAILED = "failed"  # it could not be merged, and the reason is recorded; it may be handed in again
     REMOVED = "removed"  # was merged and has been taken out
 
 

@@ -44,6 +44,7 @@ from fedmerge.common.records import (
     Refusal,
     Status,
     UpdateRecord,
+    UpdateState,
     VersionRecord,
     update_id,
 )
@@ -250,6 +251,8 @@ class RemoteAggregator:
         try:
             found = self.update(update_id(site, sha256))
         except NotFound:
+            return None
+        if found.state is UpdateState.FAILED:
             return None
         return Receipt(found.id, found.state, found.version, again=True)
 

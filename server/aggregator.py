@@ -38,6 +38,8 @@ from fedmerge.common.errors import (
     NotKept,
     StateError,
     StoreDamaged,
+    StoreError,
+    ValueRefused,
 )
 from fedmerge.common.records import (
     Dtype,
@@ -54,7 +56,7 @@ from fedmerge.server.admission import BaseNorms, Limits
 from fedmerge.server.audit import Audit
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.intake import Intake, Upload
-from fedmerge.server.library import Library, Published, hashed, require_kept
+from fedmerge.server.library import Library, Published, hashed
 from fedmerge.server.merge.rule import Rule
 from fedmerge.server.merging import Merging
 from fedmerge.server.metrics import Metrics
@@ -242,8 +244,9 @@ class Aggregator:
 
     def approve(self, update: str, *, by: str) -> Receipt:
         """Lets a held update in, however far it moves the model. Raises NotFound, StateError."""
-        self._ledger.set_state(update, UpdateState.STAGED, f"approved by {by}", expect=UpdateState.HELD)
-        self._ledger.add_act(self._clock(), by, "approve", update)
+        with self._ledger.together():
+            self._ledger.set_state(update, UpdateState.STAGED, f"approved by {by}", expect=UpdateState.HELD)
+            self._ledger.add_act(self._clock(), by, "approve", update)
         self._audit.note("approved", by, update=update)
         self._notify()
         return Receipt(update, UpdateState.STAGED, again=True)
@@ -253,10 +256,12 @@ class Aggregator:
         found = self.update(update)
         if found.state not in (UpdateState.HELD, UpdateState.STAGED):
             raise StateError("it does not wait any more", where=f"update {update}", got=found.state)
-        self._ledger.set_state(update, UpdateState.REJECTED, reason, expect=found.state)
-        self._ledger.add_act(self._clock(), by, "reject", update)
+        with self._ledger.together():
+            self._ledger.set_state(update, UpdateState.REJECTED, reason, expect=found.state)
+            self._ledger.forget_vector(update)
+            self._ledger.add_act(self._clock(), by, "reject", update)
         self._audit.note("rejected", by, update=update, reason=reason)
-        self._library.forget(found)
+        self._library.discard(found.sha256)
 
     # Versions
 
@@ -300,8 +305,8 @@ class Aggregator:
             NotFound: version 0, or one that never was. NotKept: dropped by retention.
             StoreDamaged: its file is damaged; names it.
         """
-        with self._library.open(self._servable(version), dtype) as published:
-            yield published
+        with ExitStack() as stack:
+            yield self._open_newest(stack, dtype) if version is None else self._open(stack, version, dtype)
 
     def fetch(self, into: Path, version: int | None = None, dtype: Dtype = "f32") -> VersionRecord:
         """Writes a version's merged vector as a task vector file. Errors as :meth:`open_version`."""
@@ -355,22 +360,26 @@ class Aggregator:
             self._changed.wait_for(lambda: self._closing or self._ledger.current().number > after)
             return None if self._closing else self._ledger.current()
 
-    def _servable(self, version: int | None) -> VersionRecord:
-        """The version to serve: the one asked for, or the newest intact one."""
+    def _open(self, stack: ExitStack, version: int, dtype: Dtype) -> Published:
         record = self.version(version)
         if not record.number:
             raise NotFound("version 0 is the base", do="Merge something first; sites have the base.")
-        require_kept(record)
-        if version is not None:
-            return record
-        for candidate in reversed(self._ledger.kept_versions()):
+        return stack.enter_context(self._library.open(record, dtype))
+
+    def _open_newest(self, stack: ExitStack, dtype: Dtype) -> Published:
+        """The newest version that is intact; where retention drops one meanwhile, there is a newer one."""
+        damaged = None
+        for record in reversed(self._ledger.kept_versions()):
             try:
-                self._library.require_intact(candidate.sha256)
+                return stack.enter_context(self._library.open(record, dtype))
+            except NotKept:
+                return self._open_newest(stack, dtype)
             except StoreDamaged as error:
+                damaged = damaged or error
                 self._stands(error)
-            else:
-                return candidate
-        return record
+        if damaged is not None:
+            raise damaged
+        return self._open(stack, 0, dtype)
 
     def _tasks_of(self, version: VersionRecord) -> tuple[str, ...]:
         """Tasks in a version's model, in order of merging; remembered, for lineages are long."""
@@ -412,69 +421,93 @@ class Aggregator:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                if self._pause:
-                    self._changed.wait_for(lambda: self._closing or self._acts, timeout=self._pause)
-                else:
-                    self._changed.wait_for(lambda: self._closing or self._has_work())
-                if self._closing:
-                    break
-                self._working = True
-                act = self._acts[0] if self._acts else None
-            if act is not None:
-                self._run(act)
-            else:
-                self._merge_next()
+        """Whatever goes wrong, the worker lives on: what is acknowledged is merged once it can be."""
+        while not self._closing:
+            try:
+                self._take_turn()
+            except Exception as error:
+                if not isinstance(error, FedmergeError):
+                    logger.exception("merging failed")
+                self._merging.behind |= not isinstance(error, StoreError)
+                self._try_later(error)
             self._working = False
             self._notify()
         for act in self._acts:
             act.done.set_exception(StateError("the server is stopping"))
 
+    def _take_turn(self) -> None:
+        """Waits for something to do, and does it."""
+        with self._changed:
+            if self._pause:
+                self._changed.wait_for(lambda: self._closing or self._acts, timeout=self._pause)
+            else:
+                self._changed.wait_for(lambda: self._closing or self._has_work())
+            if self._closing:
+                return
+            self._working = True
+            act = self._acts[0] if self._acts else None
+        if act is not None:
+            self._run(act)
+        else:
+            self._merge_next()
+
     def _run(self, act: _Act) -> None:
         try:
-            act.done.set_result(act.run())
+            version = act.run()
         except FedmergeError as error:
             act.done.set_exception(error)
         except Exception as error:
             logger.exception("an admin's request failed")
             self._merging.behind = True
             act.done.set_exception(EngineError("the engine failed", got=type(error).__name__))
+        else:
+            self._goes_on()
+            act.done.set_result(version)
         finally:
             self._acts.popleft()
 
     def _merge_next(self) -> None:
         """Merges the update whose turn it is; if that cannot be done now, it stays and is tried again."""
         update = self._ledger.next_staged()
+        self._merging.catch_up()
         if update is None:
-            self._pause = 0.0
+            self._goes_on()
             return
         try:
-            self._merging.catch_up()
             version = self._merging.merge(update)
         except NormExceeded as error:
-            self._set_aside(update, UpdateState.HELD, error)
-        except (FactorisationFailed, MismatchError, NotKept, StoreDamaged) as error:
+            room = self._ledger.count(UpdateState.HELD) < self.settings.limits.max_held
+            self._set_aside(update, UpdateState.HELD if room else UpdateState.FAILED, error)
+        except (FactorisationFailed, MismatchError, ValueRefused, NotKept, StoreDamaged) as error:
             self._set_aside(update, UpdateState.FAILED, error)
-        except FedmergeError as error:
-            self._try_later(error)
-        except Exception as error:
-            logger.exception("merging update %s failed", update.id)
-            self._merging.behind = True
-            self._try_later(error)
+        except FedmergeError:
+            if self._is_staged(update):
+                raise
         else:
-            self._failing, self._pause = "", 0.0
+            self._goes_on()
             self._notify()
             self._merging.after_merge(version)
 
     def _set_aside(self, update: UpdateRecord, state: UpdateState, error: FedmergeError) -> None:
         """The update cannot be merged, at least not without an admin; those behind it can."""
+        if not self._is_staged(update):
+            return
         logger.error("update %s of %s is %s: %s", update.id, update.site, state, error)
-        self._ledger.set_state(update.id, state, str(error), expect=UpdateState.STAGED)
+        with self._ledger.together():
+            self._ledger.set_state(update.id, state, str(error), expect=UpdateState.STAGED)
+            if state is UpdateState.FAILED:
+                self._ledger.forget_vector(update.id)
         self._audit.note(state, update.site, update=update.id, task=update.task, reason=str(error))
         if state is UpdateState.FAILED:
             self.metrics.failed()
-            self._library.forget(self.update(update.id))
+            self._library.discard(update.sha256)
+
+    def _is_staged(self, update: UpdateRecord) -> bool:
+        """False if it was rejected while it was being merged."""
+        return self.update(update.id).state is UpdateState.STAGED
+
+    def _goes_on(self) -> None:
+        self._failing, self._pause = "", 0.0
 
     def _try_later(self, error: Exception) -> None:
         self._pause = min(2 * self._pause or 1.0, LONGEST_PAUSE)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from fedmerge.common.base import Base
-from fedmerge.common.errors import Busy, Duplicate, FedmergeError, MismatchError, StoreError, StoreFull
+from fedmerge.common.errors import Busy, Duplicate, FedmergeError, FileError, MismatchError, StoreError
 from fedmerge.common.names import check_site_name
 from fedmerge.common.records import Receipt, Refusal, UpdateRecord, UpdateState, update_id
 from fedmerge.server.admission import (
@@ -22,7 +22,7 @@ from fedmerge.server.admission import (
     check_size,
     needs_approval,
 )
-from fedmerge.server.store.blobs import Blob, Incoming
+from fedmerge.server.store.blobs import SHA256, Blob, Incoming
 
 if TYPE_CHECKING:
     from fedmerge.server.audit import Audit
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from fedmerge.server.store.ledger import Ledger
 
 DAY = 86_400.0
+
+MOST_BYTES = 2**63 - 1
+"""The largest size that the ledger can hold."""
 
 
 class Upload:
@@ -93,6 +96,8 @@ class Intake:
     def receive(self, site: str, size: int, sha256: str) -> Iterator[Upload]:
         """Takes an update in piece by piece; what is not finished when the block ends leaves no trace."""
         check_site_name(site)
+        if not SHA256.fullmatch(sha256):
+            raise FileError("not a SHA-256", where=f"update of {site}", wanted="64 hex digits")
         announced = Blob(sha256, size)
         known = self._known(site, sha256)
         if known is not None:
@@ -132,7 +137,7 @@ class Intake:
     def _known(self, site: str, sha256: str) -> Receipt | None:
         """The receipt of an update that was acknowledged before."""
         found = self._ledger.update(update_id(site, sha256))
-        if found is None:
+        if found is None or found.state is UpdateState.FAILED:
             return None
         self.metrics.acknowledged(again=True)
         return Receipt(found.id, found.state, found.version, again=True)
@@ -155,12 +160,14 @@ class Intake:
         """The update's row; whether another upload of the same bytes was faster."""
         with self._library.naming:
             found = self._ledger.update(update_id(site, blob.sha256))
-            if found is not None:
+            if found is not None and found.state is not UpdateState.FAILED:
                 return found, True
             self._refuse_copy(blob.sha256, site)
             self._check_room(site, blob.size)
             incoming.seal()
             try:
+                if found is not None:
+                    return self._ledger.restage(found.id, self._clock()), False
                 record = self._ledger.add_update(
                     site,
                     admitted.manifest.task,
@@ -194,8 +201,10 @@ class Intake:
         except FedmergeError as error:
             kind, reason = type(error).__name__, str(error)
             self.metrics.refused(error)
-            refusal = Refusal(self._clock(), site, about["task"], blob.sha256, blob.size, kind, reason)
-            with suppress(StoreFull):
+            refusal = Refusal(
+                self._clock(), site, about["task"], blob.sha256, min(blob.size, MOST_BYTES), kind, reason
+            )
+            with suppress(FedmergeError):
                 self._ledger.add_refusal(refusal)
             self._audit.note("refused", site, sha256=blob.sha256, bytes=blob.size, error=kind, reason=reason)
             raise

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 
 from fedmerge.common import vectorfile
-from fedmerge.common.errors import FileError, NotKept, StoreFull
+from fedmerge.common.errors import FedmergeError, FileError, NotKept
 from fedmerge.common.records import Dtype, UpdateRecord, VersionRecord
 from fedmerge.server.retention import Retention, expired_versions, replay_floor
 from fedmerge.server.store.blobs import Blob, Blobs, Incoming
@@ -135,7 +135,7 @@ class Library:
 
     def discard_unnamed(self, sha256: str) -> None:
         """The same for callers that hold ``naming``. What cannot be removed now is at the next start."""
-        with suppress(StoreFull):
+        with suppress(FedmergeError, OSError):
             if not self._readers[sha256] and not self._ledger.names(sha256):
                 self._blobs.discard(sha256)
                 self._path_in_bfloat16(sha256).unlink(missing_ok=True)

@@ -17,12 +17,10 @@ from fedmerge.common import vectorfile
 from fedmerge.common.errors import (
     EngineError,
     FedmergeError,
-    NormExceeded,
     NotFound,
     StoreDamaged,
-    StoreError,
 )
-from fedmerge.common.records import UpdateRecord, VersionKind, VersionRecord
+from fedmerge.common.records import UpdateRecord, UpdateState, VersionKind, VersionRecord
 from fedmerge.common.taskvector import Dense, LayerUpdate, Manifest
 from fedmerge.server import snapshot
 from fedmerge.server.admission import BaseNorms, Limits, check_step
@@ -72,6 +70,7 @@ class Merging:
         self._audit, self._metrics, self._clock = audit, metrics, clock
         self.rule = self._engine.rule
         self.behind = True
+        self._ended = False
 
     def close(self) -> None:
         """Ends the engine's workers."""
@@ -94,23 +93,35 @@ class Merging:
         return mended
 
     def catch_up(self) -> None:
-        """Brings the engine to the ledger's current version, on new workers if need be."""
-        if not self.behind:
-            return
-        current = self._ledger.current().number
+        """Brings the engine to the ledger's current version.
+
+        Raises:
+            NotKept, StoreError, EngineError: not possible now.
+        """
+        if self.behind:
+            self._load(self._ledger.current().number)
+            self.behind = False
+
+    def _load(self, number: int) -> None:
+        """Brings the engine to a version, on new workers if need be."""
         try:
-            self._replay.load(self._engine, current)
-        except StoreError:
-            raise
+            if self._ended:
+                raise EngineError("its workers have ended")
+            self._replay.load(self._engine, number)
         except Exception as error:
             if isinstance(error, FedmergeError) and not isinstance(error, EngineError):
                 raise
             logger.warning("a new engine takes over: %r", error)
-            with suppress(Exception):
-                self._engine.close()
-            self._engine = self._make_engine()
-            self._replay.load(self._engine, current)
-        self.behind = False
+            self._renew()
+            self._replay.load(self._engine, number)
+
+    def _renew(self) -> None:
+        """Another engine; if none can be made, the one before is not asked again."""
+        self._ended = True
+        with suppress(Exception):
+            self._engine.close()
+        self._engine = self._make_engine()
+        self._ended = False
 
     def _mend(self, version: VersionRecord) -> bool:
         """Writes a version's file again if it is damaged. Raises StoreDamaged if that gives other bytes."""
@@ -132,8 +143,10 @@ class Merging:
 
         Raises:
             NormExceeded: the step would be larger than the limits allow, and nobody has approved it.
+            NonFinite: the model would overflow.
             NotKept, StoreDamaged, FactorisationFailed: it cannot be merged.
-            StoreFull, EngineError: not now. In every case nothing has changed.
+            StateError: it was rejected meanwhile.
+            StoreError, EngineError: not now. In every case nothing has changed.
         """
         started = time.perf_counter()
         totals = self._engine.absorb(self._replay.vector(update))
@@ -148,10 +161,10 @@ class Merging:
         )
         try:
             version = self._store(draft, started, bounded=not update.reason)
-        except NormExceeded:
+            self._library.commit(lambda: self._ledger.commit_merge(version), version.sha256)
+        except FedmergeError:
             self._engine.abandon()
             raise
-        self._library.commit(lambda: self._ledger.commit_merge(version), version.sha256)
         self._make_current()
         self._metrics.took("commit", time.perf_counter() - committing)
         self._metrics.merged(version.seconds)
@@ -171,7 +184,7 @@ class Merging:
             raise NotFound("no such version", got=number)
         require_kept(target)
         self.behind = True
-        self._replay.load(self._engine, number)
+        self._load(number)
         draft = self._draft(VersionKind.ROLLBACK, number, self._engine.totals)
         return self._act(replace(draft, by=by), ())
 
@@ -186,9 +199,9 @@ class Merging:
         if self.rule.order_free:
             self._subtract(removed)
         else:
-            self._merge_again_without(removed[0], inside)
+            self._merge_again([update for update in inside if update.task != task])
         draft = self._draft(VersionKind.REMOVAL, current.number, self._engine.totals)
-        return self._act(replace(draft, task=task, by=by), [update.id for update in removed])
+        return self._act(replace(draft, task=task, by=by), _ids_of_merged(removed))
 
     def _subtract(self, removed: Sequence[UpdateRecord]) -> None:
         self._replay.require(removed)
@@ -200,21 +213,23 @@ class Merging:
         if not self._engine.totals.merges:
             self._engine.restore(self._engine.state, (), Totals())
 
-    def _merge_again_without(self, first: UpdateRecord, inside: Sequence[UpdateRecord]) -> None:
-        """Back to the version before the task's first update, and everything since but that task again."""
-        version = self._ledger.version(first.version or 0)
-        assert version is not None
-        again = [u for u in inside if (u.version or 0) > version.number and u.task != first.task]
-        self._replay.require(again)
+    def _merge_again(self, wanted: Sequence[UpdateRecord]) -> None:
+        """Back to the last version that has none but these updates, and the rest of them from there."""
+        number, rest = self._replay.beginning(self._ledger.current().number, wanted)
+        self._replay.require(rest)
         self.behind = True
-        self._replay.load(self._engine, version.parent)
-        for update in again:
+        self._load(number)
+        for update in rest:
             self._engine.merge(self._replay.vector(update))
 
     def _act(self, draft: VersionRecord, removed: Sequence[str]) -> VersionRecord:
         """Commits a version whose state the engine already has, with a snapshot of it."""
         version = self._store(draft, time.perf_counter())
-        version = replace(version, snapshot=self._snapshot().sha256)
+        try:
+            version = replace(version, snapshot=self._snapshot().sha256)
+        except BaseException:
+            self._library.discard(version.sha256)
+            raise
         self._library.commit(
             lambda: self._ledger.commit_act(version, removed), version.sha256, version.snapshot
         )
@@ -266,8 +281,8 @@ class Merging:
         """The ledger has the version: the engine follows, now or before its next use."""
         try:
             self._engine.commit()
-        except EngineError as error:
-            logger.warning("the engine will be rebuilt: %s", error)
+        except Exception as error:
+            logger.warning("the engine will be rebuilt: %r", error)
             self.behind = True
 
     # Snapshots
@@ -287,8 +302,8 @@ class Merging:
                     partial(self._ledger.set_snapshot, version.number, blob.sha256, blob.size), blob.sha256
                 )
             self._library.expire(self._retention)
-        except StoreError as error:
-            logger.warning("tidying up is put off: %s", error)
+        except Exception as error:
+            logger.warning("tidying up is put off: %r", error)
 
     def _merges_since_snapshot(self, version: VersionRecord) -> int:
         count = 0
@@ -297,3 +312,8 @@ class Merging:
                 break
             count += 1
         return count
+
+
+def _ids_of_merged(updates: Sequence[UpdateRecord]) -> list[str]:
+    """Without those that were taken out before and came back with a rollback."""
+    return [update.id for update in updates if update.state is UpdateState.MERGED]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import isclose
 
@@ -43,9 +43,19 @@ class Replay:
             NotKept: a vector or a snapshot it takes was dropped by retention.
             StoreDamaged: a file it takes is damaged, or the replay gives another model.
         """
+        damaged: list[StoreError] = []
+        try:
+            self._load(engine, number, on_merge, damaged)
+        except NotKept as error:
+            if damaged:
+                raise damaged[0] from error
+            raise
+
+    def _load(self, engine: Engine, number: int, on_merge: OnMerge, damaged: list[StoreError]) -> None:
+        """``damaged`` takes the errors of snapshots that are passed over."""
         merges: list[VersionRecord] = []
         for version in self._ledger.lineage(number):
-            if version.snapshot and self._restore(engine, version):
+            if version.snapshot and self._restore(engine, version, damaged):
                 break
             if version.kind is VersionKind.REMOVAL:
                 raise NotKept("its state was not kept", where=f"version {version.number}")
@@ -86,18 +96,33 @@ class Replay:
                 found.append(self._update_of(version))
         return found[::-1]
 
+    def beginning(self, number: int, wanted: Sequence[UpdateRecord]) -> tuple[int, Sequence[UpdateRecord]]:
+        """The newest version behind ``number`` whose model is some first of these, and the others."""
+        ids = [(update.id, update.task) for update in wanted]
+        found, length = 0, 0
+        inside: list[tuple[str, str]] = []
+        for version in reversed(list(self._ledger.lineage(number))):
+            if version.kind is VersionKind.REMOVAL:
+                inside = [(update, task) for update, task in inside if task != version.task]
+            elif version.kind is VersionKind.MERGE:
+                inside.append((version.update, version.task))
+            if inside == ids[: len(inside)]:
+                found, length = version.number, len(inside)
+        return found, wanted[length:]
+
     def require(self, updates: Iterable[UpdateRecord]) -> None:
         """Refuses if any of these vectors cannot be read, before anything is changed."""
         for update in updates:
             self.vector(update)
 
-    def _restore(self, engine: Engine, version: VersionRecord) -> bool:
+    def _restore(self, engine: Engine, version: VersionRecord, damaged: list[StoreError]) -> bool:
         """Whether the engine was restored from a version's snapshot."""
         try:
             self._blobs.verify(version.snapshot)
             snapshot.restore(engine, self._base, self._blobs.path(version.snapshot))
         except StoreError as error:
             logger.warning("snapshot of version %d passed over: %s", version.number, error)
+            damaged.append(error)
             return False
         return True
 

@@ -226,7 +226,8 @@ class Sites:
         """Registers the keys that are new and takes out the SuperNodes whose key is gone.
 
         Taking out is for good. So it needs a key that is gone: a file that cannot be used is logged and
-        changes nothing for its site, nor for others, and neither does a folder that is missing.
+        changes nothing for its site, nor for others, and neither does a folder that is missing, or that
+        is empty all at once, as when a disk is not mounted.
         """
         stamp = self._stamp()
         known = {node.key: node for node in control.nodes()}
@@ -237,8 +238,12 @@ class Sites:
         wanted, unclear = self._readable()
         for key, name in wanted.items():
             self._admit(control, key, name, known.get(key))
-        for key, node in known.items():
-            if key not in wanted and node.name not in unclear and node.status != UNREGISTERED:
+        present = {key: node for key, node in known.items() if node.status != UNREGISTERED}
+        if not wanted and not unclear and len(present) > 1:
+            logger.error("%s is empty: none of %d sites is taken out", self._folder, len(present))
+            present = {}
+        for key, node in present.items():
+            if key not in wanted and node.name not in unclear:
                 control.unregister(node.id)
                 logger.warning("site %s is taken out: its key is no longer in %s", node.name, self._folder)
         self._seen = stamp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-from fedmerge.common.errors import NotFound, StoreDamaged, StoreFull, TooLarge
+from fedmerge.common.errors import NotFound, StoreDamaged, StoreError, StoreFull, TooLarge
 from fedmerge.server.store.disk import Disk, DiskFile
 
 BLOBS, INCOMING, CACHE = "blobs", "incoming", "cache"
 SUFFIX = ".safetensors"
+PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+"""What says nothing about a file that cannot be read."""
 SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -111,7 +114,7 @@ class Blobs:
         """
         with self._part() as file:
             writer(file)
-            return self._seal(file, Blob(_hash_of(file.path), _size_of(file)))
+            return self._seal(file, Blob(_hash_of(file.path, StoreFull), _size_of(file)))
 
     def path(self, sha256: str) -> Path:
         """Where a blob is, if it is there. Raises NotFound for what is not a hash."""
@@ -124,9 +127,10 @@ class Blobs:
 
         Raises:
             StoreDamaged: it is missing, cannot be read, or holds other bytes.
+            StoreError: it cannot be read for now.
         """
         path = self.path(sha256)
-        found = _hash_of(path)
+        found = _hash_of(path, StoreDamaged)
         if found != sha256:
             raise StoreDamaged("not what was written", where=path, got=f"SHA-256 {found}", wanted=sha256)
 
@@ -190,12 +194,14 @@ class Blobs:
         return bool(SHA256.fullmatch(sha256)) and path == self.path(sha256) and not keep(sha256)
 
 
-def _hash_of(path: Path) -> str:
+def _hash_of(path: Path, failure: type[StoreError]) -> str:
+    """``failure`` is raised if the file cannot be read, StoreError if that may pass by itself."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise StoreDamaged("cannot be read", where=path, got=error.strerror) from error
+        kind = StoreError if error.errno in PASSING else failure
+        raise kind("cannot be read", where=path, got=error.strerror) from error
 
 
 def _size_of(file: DiskFile) -> int:

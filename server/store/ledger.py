@@ -218,6 +218,12 @@ class Ledger:
         self._check("integrity_check")
         self._check("foreign_key_check")
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Makes all changes of the block, or none."""
+        with self._transaction():
+            yield
+
     # Updates
 
     def add_update(
@@ -309,6 +315,13 @@ class Ledger:
         """
         with self._transaction():
             self._move(update, expect, "state = ?, reason = ?", state, reason)
+
+    def restage(self, update: str, at: float) -> UpdateRecord:
+        """An update that failed waits again, its blob sealed anew. Raises NotFound, StateError."""
+        with self._transaction():
+            change = "state = ?, reason = '', kept = 1, at = ?"
+            self._move(update, UpdateState.FAILED, change, UpdateState.STAGED, at)
+            return self._existing(update)
 
     def forget_vector(self, update: str) -> None:
         """Notes that the bytes of an update that no longer waits are not kept. Raises NotFound."""
@@ -504,8 +517,11 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All changes of the block, or none."""
+        """All changes of the block, or none; one inside another is part of it."""
         with self._lock, self._typed_errors():
+            if self._db.in_transaction:
+                yield
+                return
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield

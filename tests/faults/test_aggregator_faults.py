@@ -271,6 +271,10 @@ class TestDamagedFiles:
             first, second = aggregator.updates()
             assert (first.state, second.version) == ("failed", 1)
             assert path.name in first.reason
+            again = aggregator.submit(files / "0.safetensors", site="ward-1")
+            assert (again.update, again.state) == (first.id, "staged")
+            assert aggregator.wait_until_merged(timeout=10)
+            assert aggregator.update(first.id).version == 2
 
 
 def _never(self: Merging, update: object) -> None:

@@ -367,6 +367,20 @@ def test_a_folder_that_is_missing_takes_nobody_out(
     assert control.names() == []
 
 
+def test_a_folder_that_is_empty_all_at_once_takes_nobody_out(
+    control: FakeControl, tmp_path: Path, errors: pytest.LogCaptureFixture
+) -> None:
+    sites = Sites(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.pub").write_bytes(public_key())
+    sites.apply(control)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.pub").unlink()
+    sites.apply(control)
+    assert control.names() == ["a", "b"]
+    assert "is empty" in errors.text
+
+
 def test_an_authority_that_is_replaced_at_the_moment_is_no_error_of_the_server(tmp_path: Path) -> None:
     files = TlsFiles(ca=tmp_path / "ca.crt", cert=tmp_path / "server.crt", key=tmp_path / "server.key")
     place = Place(tmp_path, 1, files)
