@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,7 +176,8 @@ def statuses(answer: bytes) -> list[int]:
 
 def send(proxy: FleetProxy, tls: TlsFiles, data: bytes) -> list[int]:
     with connection(proxy, tls) as sock:
-        sock.sendall(data)
+        with suppress(ConnectionError, ssl.SSLError):  # it may hang up before it has read everything
+            sock.sendall(data)
         return statuses(received(sock))
 
 

@@ -391,7 +391,7 @@ class TestKilledWhileSomethingElseFails:
         """An export is a convenience: without it the next one covers more."""
         engine.merge(STREAM[0])
         for place in engine._places:
-            broken = place.actor.absorb.remote("no such layer", ())
+            broken = place.actor.absorb.remote("no such layer", (), False)
             module.ray.wait([broken])
             place.exporting = len(place.since), broken
         engine.merge(STREAM[1])

@@ -19,6 +19,7 @@ def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], list[str
     logger = logging.getLogger("fedmerge")
     before = logger.handlers[:], logger.level, logger.propagate
     logger.handlers.clear()
+    logger.propagate = True  # or the test runner puts a handler of its own on it
     last = logging.lastResort
     assert last is not None
     yield lambda: capsys.readouterr().err.splitlines()

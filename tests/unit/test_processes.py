@@ -147,13 +147,14 @@ def test_the_exit_code_comes_through(tmp_path: Path) -> None:
 
 def test_output_goes_to_the_log_line_by_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("fedmerge")
-    before, logger.propagate = logger.propagate, True
+    before = logger.propagate, logger.handlers
+    logger.propagate, logger.handlers = True, []
     try:
         with caplog.at_level(logging.INFO, "fedmerge"):
             script = r"print('\x1b[92mINFO \x1b[0m:      hello'); print('\x1b[91mERROR\x1b[0m:   broken')"
             Running(python(script, tmp_path, name="superlink")).wait()
     finally:
-        logger.propagate = before
+        logger.propagate, logger.handlers = before
     assert [(record.name, record.levelname, record.message) for record in caplog.records] == [
         ("fedmerge.superlink", "INFO", "hello"),
         ("fedmerge.superlink", "ERROR", "broken"),
