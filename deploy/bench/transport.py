@@ -161,7 +161,7 @@ def print_transport(result: TransportBench, console: Console) -> None:
     """The result as a table with units."""
     size = f"{result.size_bytes / 1e6:.0f} MB in chunks of {result.chunk_bytes >> 10} KiB"
     table = Table(title=f"Transport of {result.shape}: {size}")
-    for heading in ("", "bare MB/s", "ours MB/s", "ratio", "transport s", "total s", "client", "server"):
+    for heading in ("", "bare MB/s", "ours MB/s", "ratio", "stream s", "total s", "client", "server"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, found in (("push", result.push), ("pull", result.pull)):
         table.add_row(
@@ -171,13 +171,13 @@ def print_transport(result: TransportBench, console: Console) -> None:
             f"{found.ratio:.2f}",
             f"{found.seconds['transport']:.2f}",
             f"{found.seconds['total']:.2f}",
-            f"{found.client_chunks:.1f} chunks",
-            f"{found.server_chunks:.1f} chunks",
+            f"{found.client_chunks:.1f}",
+            f"{found.server_chunks:.1f}",
         )
     console.print(table)
     console.print(
-        f"Medians of {result.repeats}; client and server: most memory that each grew by. Total includes "
-        f"fsync and, for a push, admission; hashing the file before it took "
+        f"Medians of {result.repeats}; client and server: the most that each grew by, in chunks. Total "
+        f"includes fsync and, for a push, admission; hashing the file before it took "
         f"{result.push.seconds['hash']:.2f} s. Without a network, reading, hashing and writing reach "
         f"{result.local / 1e6:.0f} MB/s. {result.cores} cores, load average "
         f"{result.load_before:.1f} before, {result.load_after:.1f} after.",

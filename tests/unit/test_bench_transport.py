@@ -36,7 +36,7 @@ def test_the_table_names_both_ways_and_their_units(result: TransportBench) -> No
     console = Console(width=160, record=True, quiet=False, file=Path("/dev/null").open("w"))  # noqa: SIM115
     print_transport(result, console)
     text = console.export_text()
-    for word in ("push", "pull", "bare MB/s", "ratio", "transport s", "chunks", "load average"):
+    for word in ("push", "pull", "bare MB/s", "ratio", "stream s", "chunks", "load average"):
         assert word in text
 
 
