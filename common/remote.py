@@ -34,6 +34,7 @@ from fedmerge.common.messages import (
     DTYPES,
     FRAME_BYTES,
     MOST_LISTED,
+    Record,
     to_record,
     unpack_error,
 )
@@ -160,15 +161,7 @@ class RemoteAggregator:
         return to_record(self._ask("GetUpdate", update=update), UpdateRecord)
 
     def updates(self, after: int = 0, limit: int = 100) -> list[UpdateRecord]:
-        found: list[UpdateRecord] = []
-        while len(found) < limit:
-            after = found[-1].seq if found else after
-            asked = min(limit - len(found), MOST_LISTED)
-            page = self._ask("ListUpdates", after=after, limit=asked).updates
-            found += [to_record(message, UpdateRecord) for message in page]
-            if len(page) < asked:
-                break
-        return found
+        return self._listed("ListUpdates", "updates", UpdateRecord, lambda last: last.seq, after, limit)
 
     def refusals(self, limit: int = 100) -> list[Refusal]:
         """The latest refusals, newest first; at most 1,000."""
@@ -182,15 +175,7 @@ class RemoteAggregator:
         return to_record(self._ask("GetVersion", version=number), VersionRecord)
 
     def versions(self, after: int = 0, limit: int = 100) -> list[VersionRecord]:
-        found: list[VersionRecord] = []
-        while len(found) < limit:
-            after = found[-1].number if found else after
-            asked = min(limit - len(found), MOST_LISTED)
-            page = self._ask("ListVersions", after=after, limit=asked).versions
-            found += [to_record(message, VersionRecord) for message in page]
-            if len(page) < asked:
-                break
-        return found
+        return self._listed("ListVersions", "versions", VersionRecord, lambda last: last.number, after, limit)
 
     def fetch(
         self,
@@ -293,6 +278,26 @@ class RemoteAggregator:
             )
         except grpc.RpcError as error:
             raise self._told_by(error) from error
+
+    def _listed(
+        self,
+        method: str,
+        field: str,
+        kind: type[Record],
+        place: Callable[[Record], int],
+        after: int,
+        limit: int,
+    ) -> list[Record]:
+        """Records above ``after``, in as many calls as it takes; ``place`` is what they are in order of."""
+        found: list[Record] = []
+        while len(found) < limit:
+            asked = min(limit - len(found), MOST_LISTED)
+            answer = self._ask(method, after=place(found[-1]) if found else after, limit=asked)
+            page = getattr(answer, field)
+            found += [to_record(message, kind) for message in page]
+            if len(page) < asked:
+                break
+        return found
 
     def _metadata(self, by: str | None = None) -> list[tuple[str, str]]:
         name = by or self._site
