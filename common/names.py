@@ -8,6 +8,9 @@ from fedmerge.common.errors import ConfigError
 
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
+SITE_KEY = "fedmerge-site"
+"""Metadata in which callers name themselves, to servers that take their word for it."""
+
 
 def check_site_name(name: str) -> None:
     """Raises ConfigError for a name that could not stand in a file name, a log line or a certificate."""

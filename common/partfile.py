@@ -6,7 +6,6 @@ import fcntl
 import glob
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +13,9 @@ from types import TracebackType
 from typing import BinaryIO
 
 from fedmerge.common.errors import FileError
+from fedmerge.common.hashing import SHA256
 
 READ_BYTES = 1 << 20
-
-SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class PartFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from fedmerge.common.errors import (
     VersionMismatch,
 )
 from fedmerge.common.frames import from_wire, to_wire
+from fedmerge.common.hashing import hash_file
 from fedmerge.common.messages import (
     CHUNK_BYTES,
     DTYPES,
@@ -38,6 +38,7 @@ from fedmerge.common.messages import (
     to_record,
     unpack_error,
 )
+from fedmerge.common.names import SITE_KEY
 from fedmerge.common.partfile import PartFile
 from fedmerge.common.records import (
     Dtype,
@@ -52,9 +53,6 @@ from fedmerge.common.records import (
 from fedmerge.common.tls import is_loopback
 from fedmerge.protos.fedmerge.v1 import aggregator_pb2 as pb
 from fedmerge.protos.fedmerge.v1.aggregator_pb2_grpc import AggregatorStub
-
-NAME_KEY = "fedmerge-site"
-"""Metadata in which callers name themselves, to servers that take their word for it."""
 
 OPTIONS = (
     *GRPC_WINDOW,
@@ -303,7 +301,7 @@ class RemoteAggregator:
         name = by or self._site
         if name and not (name.isascii() and name.isprintable()):
             raise ConfigError("not a name that can be sent", got=ascii(name))
-        return [(NAME_KEY, name)] if name else []
+        return [(SITE_KEY, name)] if name else []
 
     def _transfer_seconds(self, size: int) -> float:
         return self._timeout + size / SLOWEST_BYTES_PER_SECOND
@@ -358,12 +356,7 @@ def _request(method: str, **fields: object) -> Any:
 
 
 def _upload_header(source: Path, site: str) -> pb.UploadHeader:
-    try:
-        with source.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
-    except OSError as error:
-        raise FileError("cannot be read", where=source, got=error.strerror) from error
+    sha256, size = hash_file(source)
     if not (site.isascii() and site.isprintable()):
         raise ConfigError("not a name that can be sent", got=ascii(site))
     return pb.UploadHeader(site=site, size=size, sha256=sha256)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedmerge.common.base import Base
 from fedmerge.common.errors import Busy, Duplicate, FedmergeError, FileError, MismatchError, StoreError
+from fedmerge.common.hashing import SHA256
 from fedmerge.common.names import check_site_name
 from fedmerge.common.records import Receipt, Refusal, UpdateRecord, UpdateState, update_id
 from fedmerge.server.admission import (
@@ -22,7 +23,7 @@ from fedmerge.server.admission import (
     check_size,
     needs_approval,
 )
-from fedmerge.server.store.blobs import SHA256, Blob, Incoming
+from fedmerge.server.store.blobs import Blob, Incoming
 
 if TYPE_CHECKING:
     from fedmerge.server.audit import Audit
@@ -105,7 +106,7 @@ class Intake:
             return
         with self._refusing(site, announced):
             check_size(size, self._limits, where=f"update of {site}")
-            self._check_room(site, size)
+            self._check_room(site, size, self._is_held(site))
         with self._library.receive(size) as incoming, self.metrics.upload():
             yield Upload(self, site, announced, None, incoming)
 
@@ -142,9 +143,9 @@ class Intake:
         self.metrics.acknowledged(again=True)
         return Receipt(found.id, found.state, found.version, again=True)
 
-    def _check_room(self, site: str, size: int) -> None:
+    def _check_room(self, site: str, size: int, held: bool) -> None:
         """Refuses what would be one too many, of this site or of all."""
-        if self._is_held(site):
+        if held:
             check_held(self._ledger.count(UpdateState.HELD), self._limits)
         else:
             check_queue(self._ledger.count(UpdateState.STAGED), self._limits)
@@ -163,7 +164,8 @@ class Intake:
             if found is not None and found.state is not UpdateState.FAILED:
                 return found, True
             self._refuse_copy(blob.sha256, site)
-            self._check_room(site, blob.size)
+            held = self._is_held(site)
+            self._check_room(site, blob.size, held)
             incoming.seal()
             try:
                 if found is not None:
@@ -171,7 +173,7 @@ class Intake:
                 record = self._ledger.add_update(
                     site,
                     admitted.manifest.task,
-                    UpdateState.HELD if self._is_held(site) else UpdateState.STAGED,
+                    UpdateState.HELD if held else UpdateState.STAGED,
                     blob.sha256,
                     blob.size,
                     admitted.examples,

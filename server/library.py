@@ -6,7 +6,6 @@ to be intact for an hour after that.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import Counter
@@ -20,7 +19,8 @@ from typing import BinaryIO
 import torch
 
 from fedmerge.common import vectorfile
-from fedmerge.common.errors import FedmergeError, FileError, NotKept
+from fedmerge.common.errors import FedmergeError, NotKept
+from fedmerge.common.hashing import hash_file
 from fedmerge.common.records import Dtype, UpdateRecord, VersionRecord
 from fedmerge.server.retention import Retention, expired_versions, replay_floor
 from fedmerge.server.store.blobs import Blob, Blobs, Incoming
@@ -182,9 +182,4 @@ def require_kept(version: VersionRecord) -> None:
 
 def hashed(path: Path) -> Blob:
     """Hash and size of a file. Raises FileError."""
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return Blob(sha256, file.tell())
-    except OSError as error:
-        raise FileError("cannot be read", where=path, got=error.strerror) from error
+    return Blob(*hash_file(path))

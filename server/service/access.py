@@ -22,12 +22,11 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from fedmerge.common.errors import FedmergeError, FileError, Forbidden, StoreDamaged, Unauthenticated
-from fedmerge.common.names import SITE_NAME
+from fedmerge.common.names import SITE_KEY, SITE_NAME
 from fedmerge.common.tls import read_certificate
 
 logger = logging.getLogger(__name__)
 
-SITE_KEY = "fedmerge-site"
 LOCAL = "local"
 
 Context = grpc.aio.ServicerContext[Any, Any]

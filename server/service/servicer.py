@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from fedmerge.common.errors import ConfigError, FileError, NotFound, TooLarge
+from fedmerge.common.hashing import SHA256
 from fedmerge.common.messages import MOST_LISTED, to_dtype, to_message
-from fedmerge.common.partfile import SHA256
 from fedmerge.common.records import AggregationService, Dtype, Receipt, VersionRecord
 from fedmerge.protos.fedmerge.v1 import aggregator_pb2 as pb
 from fedmerge.protos.fedmerge.v1.aggregator_pb2_grpc import AggregatorServicer as Contract

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from fedmerge.common.errors import NotFound, StoreDamaged, StoreError, StoreFull, TooLarge
+from fedmerge.common.hashing import SHA256
 from fedmerge.server.store.disk import Disk, DiskFile
 
 BLOBS, INCOMING, CACHE = "blobs", "incoming", "cache"
 SUFFIX = ".safetensors"
 PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 """What says nothing about a file that cannot be read."""
-SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 @dataclass(frozen=True)
