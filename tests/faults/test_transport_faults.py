@@ -83,8 +83,9 @@ def chunks(data: bytes) -> Iterator[pb.SubmitRequest]:
 class Proxy:
     """Passes bytes on to a server, and does to one answer what a bad network does.
 
-    ``cut_after``: bytes of answers after which the first connection breaks. ``damage``: whether a marker
-    on its way is changed, once. ``passed``: bytes of answers, by connection.
+    ``cut_after``: bytes of answers after which the first connection passes no more, and breaks as soon as
+    ``cut`` is called: what was passed on has then been read at the other end, as far as the caller cares.
+    ``damage``: whether a marker on its way is changed, once. ``passed``: bytes of answers, by connection.
     """
 
     def __init__(self, address: str, *, cut_after: int | None = None, damage: bool = False) -> None:
@@ -93,10 +94,15 @@ class Proxy:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
         self.passed: list[int] = []
+        self._cut = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        self.cut()
         self._listening.close()
+
+    def cut(self) -> None:
+        self._cut.set()
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -117,6 +123,7 @@ class Proxy:
                     self.passed[number] += len(data)
                 target.sendall(data)
                 if number == 0 and self._cut_after is not None and self.passed[0] >= self._cut_after:
+                    self._cut.wait(SECONDS)
                     break
         for end in (source, target):
             with suppress(OSError):
@@ -411,12 +418,18 @@ def test_after_an_interruption_only_missing_bytes_are_fetched(
     progress: list[int] = []
     cut_after = 3 * CHUNK_BYTES + 1000
     with closing(Proxy(serve().addresses[0], cut_after=cut_after)) as proxy:
+
+        def received(done: int, size: int) -> None:
+            progress.append(done)
+            if done >= 2 * CHUNK_BYTES:
+                proxy.cut()
+
         if calls == 2:
             with RemoteAggregator(proxy.address, patience=0) as first, pytest.raises(Unreachable):
-                first.fetch(tmp_path / "merged", 1)
+                first.fetch(tmp_path / "merged", 1, received=received)
             assert not (tmp_path / "merged").exists()
         with RemoteAggregator(proxy.address, patience=SECONDS) as remote:
-            remote.fetch(tmp_path / "merged", 1, received=lambda done, size: progress.append(done))
+            remote.fetch(tmp_path / "merged", 1, received=received)
         rest = sum(proxy.passed[1:])
     assert (tmp_path / "merged").read_bytes() == vector.read_bytes()
     assert progress == sorted(progress)
@@ -434,7 +447,7 @@ def test_bytes_of_another_version_are_not_gone_on_with(
         RemoteAggregator(proxy.address, patience=0) as remote,
         pytest.raises(Unreachable),
     ):
-        remote.fetch(tmp_path / "merged")
+        remote.fetch(tmp_path / "merged", received=lambda done, size: proxy.cut())
     assert len(list(tmp_path.glob(".merged*"))) == 1
     vector.write_bytes(os.urandom(SIZE))
     fake.submit(vector, site="site-1")
