@@ -111,13 +111,20 @@ class Manifest:
     statistics: tuple[str, ...] = ()
 
 
+def no_statistics(layer: str) -> Mapping[str, Tensor]:
+    """What a vector without statistics says of any layer."""
+    return {}
+
+
 @dataclass(frozen=True)
 class TaskVector:
     """Differences by layer name, each read when it is asked for.
 
     Layers in ``unchanged`` are known to be zero and are not stored: frozen embeddings, or everything
     an adapter does not touch. ``label`` names the source in messages. ``shapes`` tells the layers' shapes
-    before any is read; a layer missing there tells its shape when it is read.
+    before any is read; a layer missing there tells its shape when it is read. ``statistics`` gives what else
+    the site measured of a layer, by the names in :class:`~fedmerge.common.statistics.Statistic`. ``id`` is
+    the update's, once it has one.
     """
 
     names: tuple[str, ...]
@@ -126,6 +133,8 @@ class TaskVector:
     manifest: Manifest = field(default_factory=Manifest)
     label: str = "task vector"
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    statistics: Callable[[str], Mapping[str, Tensor]] = no_statistics
+    id: str = ""
 
     @classmethod
     def of(

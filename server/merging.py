@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from math import fsum, sqrt
 from typing import TYPE_CHECKING
 
 from fedmerge.common import vectorfile
@@ -128,7 +129,7 @@ class Merging:
         try:
             self._library.require_intact(version.sha256)
         except StoreDamaged as error:
-            blob = self._write_merged(version.number)
+            blob, _ = self._write_merged(version.number)
             if blob.sha256 != version.sha256:
                 self._library.discard(blob.sha256)
                 raise
@@ -196,7 +197,7 @@ class Merging:
         if not removed:
             known = sorted({update.task for update in inside})
             raise NotFound("the current model has no such task", got=repr(task), wanted=" or ".join(known))
-        if self.rule.order_free:
+        if self.rule.additive:
             self._subtract(removed)
         else:
             self._merge_again([update for update in inside if update.task != task])
@@ -242,7 +243,6 @@ class Merging:
         return version
 
     def _draft(self, kind: VersionKind, parent: int, totals: Totals) -> VersionRecord:
-        scale = self.rule.scale(totals)
         return VersionRecord(
             number=self._ledger.current().number + 1,
             kind=kind,
@@ -252,30 +252,37 @@ class Merging:
             norm_sum=totals.norm_sum,
             update_norm=totals.update_norm,
             state_norm=totals.state_norm,
-            scale=scale,
+            scale=self.rule.scale(totals),
             lambda_t=self.rule.lambda_t(totals),
-            merged_norm=scale * totals.state_norm,
         )
 
     def _store(self, draft: VersionRecord, started: float, *, bounded: bool = False) -> VersionRecord:
         """Writes the merged vector as it is about to be; ``bounded`` refuses too large a step to it."""
-        blob = self._write_merged(draft.number, bounded)
+        blob, norm = self._write_merged(draft.number, bounded)
         seconds = time.perf_counter() - started
-        return replace(draft, sha256=blob.sha256, size=blob.size, seconds=round(seconds, 6))
+        return replace(draft, sha256=blob.sha256, size=blob.size, merged_norm=norm, seconds=round(seconds, 6))
 
-    def _write_merged(self, number: int, bounded: bool = False) -> Blob:
+    def _write_merged(self, number: int, bounded: bool = False) -> tuple[Blob, float]:
+        """The file of the coming version, and its norm."""
         manifest = Manifest(base=self._base, origin_version=number, task="merged", site="server")
-        vector = replace(self._engine.pending(), manifest=manifest)
-        if bounded:
-            vector = replace(vector, read=partial(self._bounded, vector.read))
-        return self._library.write(lambda file: vectorfile.write(vector, file))
+        vector = self._engine.pending()
+        squares: dict[str, float] = {}
 
-    def _bounded(self, read: Callable[[str], LayerUpdate], name: str) -> LayerUpdate:
-        """One layer of the coming version, if the step to it from the current one is within the limits."""
-        coming = read(name)
+        def read(name: str) -> LayerUpdate:
+            coming = vector.read(name)
+            squares[name] = coming.sum_of_squares()
+            if bounded:
+                self._check_step(name, coming)
+            return coming
+
+        measured = replace(vector, manifest=manifest, read=read)
+        blob = self._library.write(lambda file: vectorfile.write(measured, file))
+        return blob, sqrt(fsum(squares.values()))
+
+    def _check_step(self, name: str, coming: LayerUpdate) -> None:
+        """Refuses a layer of the coming version if the step to it from the current one exceeds the limits."""
         step = Dense(coming.to_dense() - self._engine.read_layer(name))
         check_step(name, step.sum_of_squares(), self._norms, self._limits)
-        return coming
 
     def _make_current(self) -> None:
         """The ledger has the version: the engine follows, now or before its next use."""

@@ -18,7 +18,8 @@ class Version:
     Attributes:
         number: 1 for the first merge; 0 is the base.
         task, sites, examples: whose vector was merged.
-        scale: the factor from the running sum to the merged vector; ``lambda_t`` its inverse.
+        scale: the factor from the running sum to the merged vector, 1 for rules that read out more than a
+            multiple of a sum; ``lambda_t`` its inverse.
         update_norm, merged_norm: ||tau_T|| and ||theta - theta_0||, over all merged layers.
         absorb_seconds: from the vector in memory to the new state.
     """
@@ -52,18 +53,18 @@ class GlobalModel:
         """Merges one admitted vector; on error the model and its versions are as before."""
         started = time.perf_counter()
         totals = self.engine.merge(vector, on_layer)
+        seconds = time.perf_counter() - started
         rule = self.engine.rule
-        scale = rule.scale(totals)
         version = Version(
             number=totals.merges,
             task=vector.manifest.task,
             sites=tuple(sites),
             examples=vector.manifest.examples,
-            scale=scale,
+            scale=rule.scale(totals),
             lambda_t=rule.lambda_t(totals),
             update_norm=totals.update_norm,
-            merged_norm=scale * totals.state_norm,
-            absorb_seconds=time.perf_counter() - started,
+            merged_norm=self.engine.merged_norm(),
+            absorb_seconds=seconds,
         )
         self.versions.append(version)
         return version

@@ -83,7 +83,7 @@ class Replay:
         self._blobs.verify(update.sha256)
         vector = load(self._blobs.path(update.sha256))
         manifest = replace(vector.manifest, site=update.site, examples=update.examples)
-        return replace(vector, manifest=manifest, label=f"update {update.id}")
+        return replace(vector, manifest=manifest, label=f"update {update.id}", id=update.id)
 
     def contributions(self, number: int) -> list[UpdateRecord]:
         """The updates whose vectors are in the model of a version, in the order of merging."""

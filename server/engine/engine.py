@@ -11,16 +11,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from fedmerge.common.errors import EngineError, FactorisationFailed, UnknownLayer
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import Dense, TaskVector
-from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals
+from fedmerge.server.merge.rule import Context, LayerSums, Rule, State, Totals, tensors_of
 from fedmerge.server.merge.spectrum import LinAlgError
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
@@ -33,10 +35,20 @@ OnLayer = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Step:
-    """One vector taken in, or out again if ``removing``."""
+    """One vector taken in, or out again if ``removing``.
+
+    ``merges`` were there before; ``measured`` is the sum of what the rule measured of it, if it does.
+    """
 
     update: TaskVector
     removing: bool = False
+    merges: int = 0
+    measured: Tensor | None = None
+
+    def context(self, name: str) -> Context:
+        """What the rule may know when it absorbs one layer."""
+        update = self.update
+        return Context(self.merges, update.statistics(name), seed_of(update, name), self.measured)
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class Engine(ABC):
         Args:
             update: finite values with the layers' shapes; layers it does not name are unchanged.
                 Layers are read from it one at a time, and may be read again if a worker dies.
-            removing: takes the vector out instead; for rules that are ``order_free``.
+            removing: takes the vector out instead; for rules that are ``additive``.
 
         Returns:
             The totals as they will be after the commit.
@@ -99,7 +111,9 @@ class Engine(ABC):
         for name in update.names:
             if name not in self.layers:
                 raise UnknownLayer("not a layer of this engine", where=update.label, layer=name)
-        step = Step(update, removing)
+        step = Step(update, removing, self.totals.merges)
+        if self.rule.measures:
+            step = replace(step, measured=self._measure(step))
         found = self._absorb(step, on_layer)
         sums = [found[name] for name in self.layers]
         totals = self.totals.before(sums) if removing else self.totals.after(sums)
@@ -111,6 +125,7 @@ class Engine(ABC):
         coming = self._pending
         if coming is None:
             return self.merged()
+        self._settle(coming.touched, coming.totals, pending=True)
         return self._vector(coming.touched, lambda name: self._read(name, coming.totals, pending=True))
 
     def commit(self) -> None:
@@ -149,11 +164,20 @@ class Engine(ABC):
 
         Layers that no update has touched are listed as unchanged.
         """
+        self._settle(self.touched, self.totals, pending=False)
         return self._vector(self.touched, self.read_layer)
 
     def read_layer(self, name: str) -> Tensor:
         """The merged task vector of one layer, float32 in the layer's shape."""
         return self._read(name, self.totals, pending=False)
+
+    def merged_norm(self) -> float:
+        """||theta - theta_0||_2 of the current model over all layers, in float64."""
+        return self.merged().norm()
+
+    def state_bytes(self) -> int:
+        """What the rule keeps of all touched layers, without what it has prepared or read out."""
+        return sum(tensor.nbytes for name in self.touched for tensor in tensors_of(self.state(name)).values())
 
     def _vector(self, touched: frozenset[str], read: Callable[[str], Tensor]) -> TaskVector:
         names = tuple(name for name in self.layers if name in touched)
@@ -178,6 +202,19 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Ends the workers. Closing twice is harmless."""
+
+    def _measure(self, step: Step) -> Tensor:
+        """What the rule measures of an update, summed in the order of its layers."""
+        parts = self._measure_layers(step)
+        return sum(parts[1:], start=parts[0]) if parts else torch.zeros(0, dtype=torch.float64)
+
+    @abstractmethod
+    def _measure_layers(self, step: Step) -> list[Tensor]:
+        """:meth:`Rule.measure` of every layer that the update brings, in its order."""
+
+    @abstractmethod
+    def _settle(self, names: Iterable[str], totals: Totals, *, pending: bool) -> None:
+        """Reads out heavy rules' layers in parallel, ahead of :meth:`_read`; for others nothing."""
 
     @abstractmethod
     def _absorb(self, step: Step, on_layer: OnLayer) -> dict[str, LayerSums]:
@@ -206,6 +243,13 @@ class Engine(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def seed_of(update: TaskVector, layer: str) -> int:
+    """A seed that depends on whose update it is and on the layer, and on nothing else."""
+    manifest = update.manifest
+    words = (update.id, manifest.site, manifest.task, str(manifest.origin_version), layer)
+    return int.from_bytes(sha256("\0".join(words).encode()).digest()[:8]) >> 1
 
 
 @contextmanager

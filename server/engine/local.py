@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -88,7 +90,19 @@ class LocalEngine(Engine):
         preparing = self._preparing.pop(name, None)
         if preparing is not None and not preparing.cancel():
             preparing.result()
-        return self._shard.absorb(name, step.update.read(name), step.removing)
+        return self._shard.absorb(name, step.update.read(name), step.removing, step.context(name))
+
+    def _measure_layers(self, step: Step) -> list[Tensor]:
+        return list(self._pool.map(self._measure_layer, step.update.names, repeat(step)))
+
+    def _measure_layer(self, name: str, step: Step) -> Tensor:
+        return self._shard.measure(name, step.update.read(name))
+
+    def _settle(self, names: Iterable[str], totals: Totals, *, pending: bool) -> None:
+        if self.rule.heavy:
+            read = partial(self._shard.read, totals=totals, pending=pending)
+            for _ in self._pool.map(read, self._costliest_first(names)):
+                pass
 
     def _finish(self, step: Step) -> None:
         self._shard.finish()

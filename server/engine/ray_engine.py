@@ -36,10 +36,11 @@ from torch import Tensor
 
 from fedmerge.common.errors import ConfigError, EngineError, FedmergeError
 from fedmerge.common.layers import LayerSpec
+from fedmerge.common.taskvector import LayerUpdate
 from fedmerge.server.engine import placement
 from fedmerge.server.engine.engine import ALLOCATOR, Engine, OnLayer, Step
 from fedmerge.server.engine.shard import Shard, as_update
-from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals, tensors_of
+from fedmerge.server.merge.rule import Context, LayerSums, Rule, State, Totals, tensors_of
 
 IN_FLIGHT = 4
 """Layers on their way to one actor at a time."""
@@ -53,6 +54,9 @@ LOST = (ActorDiedError, ActorUnavailableError, RayActorError, ObjectLostError)
 
 Arrays = tuple[Any, ...]
 
+Facts = tuple[int, dict[str, Any], int, Any]
+"""A :class:`Context` as it travels: merges, statistics as arrays, seed, what was measured."""
+
 Exported = tuple[type[State], dict[str, Any]]
 """A state as it travels: its type and its fields as arrays."""
 
@@ -65,9 +69,15 @@ class ShardActor:
         torch.backends.cuda.matmul.allow_tf32 = False
         self._shard = Shard(rule, layers, "cuda" if ray.get_gpu_ids() else "cpu")
 
-    def absorb(self, name: str, arrays: Arrays, removing: bool) -> LayerSums:
-        tensors = tuple(_tensor(array) for array in arrays)
-        return self._shard.absorb(name, as_update(tensors, self._shard.layers[name].shape), removing)
+    def measure(self, name: str, arrays: Arrays) -> Any:
+        return self._shard.measure(name, self._update(name, arrays)).numpy()
+
+    def absorb(self, name: str, arrays: Arrays, removing: bool, facts: Facts) -> LayerSums:
+        return self._shard.absorb(name, self._update(name, arrays), removing, _context(facts))
+
+    def settle(self, totals: Totals, pending: bool, names: list[str]) -> None:
+        for name in names:
+            self._shard.read(name, totals, pending)
 
     def untouched(self, names: list[str]) -> list[LayerSums]:
         return [self._shard.untouched(name) for name in names]
@@ -108,6 +118,9 @@ class ShardActor:
         """Process id, host and device, for logs and tests."""
         return {"pid": os.getpid(), "host": os.uname().nodename, "device": str(self._shard.device)}
 
+    def _update(self, name: str, arrays: Arrays) -> LayerUpdate:
+        return as_update(tuple(_tensor(array) for array in arrays), self._shard.layers[name].shape)
+
 
 @dataclass
 class _Place:
@@ -128,10 +141,11 @@ class _Place:
 
 @dataclass
 class _Feed:
-    """One shard's layers of an arrival: still to send, and sent but not absorbed."""
+    """One shard's layers of an arrival: still to send, and sent but not answered."""
 
     place: _Place
     brought: InitVar[frozenset[str]]
+    ask: Callable[[_Place, str, Step], Any]
     names: deque[str] = field(default_factory=deque)
     sent: dict[Any, str] = field(default_factory=dict)
 
@@ -150,7 +164,7 @@ class _Feed:
     def send(self, step: Step) -> None:
         while self.names and len(self.sent) < IN_FLIGHT:
             name = self.names.popleft()
-            self.sent[_absorb(self.place, name, step)] = name
+            self.sent[self.ask(self.place, name, step)] = name
 
 
 class RayEngine(Engine):
@@ -224,13 +238,24 @@ class RayEngine(Engine):
         return sums
 
     def _absorb_everywhere(self, step: Step, on_layer: OnLayer) -> dict[str, LayerSums]:
-        """Feeds every shard its layers, the costliest of each first, a few at a time."""
         brought = frozenset(step.update.names)
         sums: dict[str, LayerSums] = {}
         for place in self._places:
             kept = [layer.name for layer in place.layers if layer.name not in brought]
             sums |= zip(kept, self._call(place, "untouched", kept), strict=True)
-        feeds = [_Feed(place, brought) for place in self._places]
+        return sums | self._ask_everywhere(_absorb, step, on_layer)
+
+    def _measure_layers(self, step: Step) -> list[Tensor]:
+        found = self._ask_everywhere(_measure, step, lambda _: None)
+        return [_tensor(found[name]) for name in step.update.names]
+
+    def _ask_everywhere(
+        self, ask: Callable[[_Place, str, Step], Any], step: Step, on_layer: OnLayer
+    ) -> dict[str, Any]:
+        """Feeds every shard its layers, the costliest of each first, a few at a time; answers by layer."""
+        brought = frozenset(step.update.names)
+        answers: dict[str, Any] = {}
+        feeds = [_Feed(place, brought, ask) for place in self._places]
         while any(feed.busy for feed in feeds):
             for feed in feeds:
                 feed.send(step)
@@ -238,7 +263,7 @@ class RayEngine(Engine):
             feed = next(feed for feed in feeds if done[0] in feed.sent)
             name = feed.sent.pop(done[0])
             try:
-                known, sums[name] = name in sums, _result(done[0])
+                known, answers[name] = name in answers, _result(done[0])
             except LOST as error:
                 self._lose(feed.place, error)
                 self._ensure_alive(feed.place)
@@ -246,7 +271,20 @@ class RayEngine(Engine):
             else:
                 if not known:
                     on_layer(name)
-        return sums
+        return answers
+
+    def _settle(self, names: Iterable[str], totals: Totals, *, pending: bool) -> None:
+        """Actors that are lost here are found and replaced when a layer is read from them."""
+        if self.rule.heavy:
+            wanted = frozenset(names)
+            asked = [
+                place.actor.settle.remote(
+                    totals, pending, [layer.name for layer in place.layers if layer.name in wanted]
+                )
+                for place in self._places
+                if not place.lost
+            ]
+            ray.wait(asked, num_returns=len(asked), fetch_local=False)
 
     def _abandon(self) -> None:
         """Nothing stays pending, also where an actor is dead or silent."""
@@ -435,8 +473,25 @@ def _gpus_per_actor(actors: int) -> float:
 
 def _absorb(place: _Place, name: str, step: Step) -> Any:
     """Sends one layer of a step to its actor; returns the reference to its sums."""
-    arrays = tuple(tensor.contiguous().numpy() for tensor in step.update.read(name).tensors())
-    return place.actor.absorb.remote(name, arrays, step.removing)
+    context = step.context(name)
+    measured = None if context.measured is None else context.measured.numpy()
+    statistics = {key: tensor.contiguous().numpy() for key, tensor in context.statistics.items()}
+    facts: Facts = (context.merges, statistics, context.seed, measured)
+    return place.actor.absorb.remote(name, _arrays(name, step), step.removing, facts)
+
+
+def _measure(place: _Place, name: str, step: Step) -> Any:
+    return place.actor.measure.remote(name, _arrays(name, step))
+
+
+def _arrays(name: str, step: Step) -> Arrays:
+    return tuple(tensor.contiguous().numpy() for tensor in step.update.read(name).tensors())
+
+
+def _context(facts: Facts) -> Context:
+    merges, statistics, seed, measured = facts
+    tensors = {key: _tensor(array) for key, array in statistics.items()}
+    return Context(merges, tensors, seed, None if measured is None else _tensor(measured))
 
 
 def _state(exported: Exported) -> State:

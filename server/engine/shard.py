@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank
 from fedmerge.server.engine.engine import factorising, factorising_model
-from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals, tensors_of
+from fedmerge.server.merge.rule import ALONE, Context, LayerSums, Rule, State, Totals, tensors_of
 
 ALIGNMENT_BYTES = 64
 
@@ -32,17 +32,25 @@ class Shard:
         self.squares: dict[str, float] = {}
         self._prepared: dict[str, Any] = {}
         self._pending: dict[str, tuple[State, float]] = {}
+        self._read_out: dict[tuple[str, bool], tuple[Totals, Tensor]] = {}
 
-    def absorb(self, name: str, update: LayerUpdate, removing: bool = False) -> LayerSums:
+    def measure(self, name: str, update: LayerUpdate) -> Tensor:
+        """What the rule measures of one layer before any is absorbed, on the CPU."""
+        return self.rule.measure(self._state(name), self._placed(_laid_out(update))).cpu()
+
+    def absorb(
+        self, name: str, update: LayerUpdate, removing: bool = False, context: Context = ALONE
+    ) -> LayerSums:
         """Absorbs one layer of an arrival, or takes it out again, pending until :meth:`finish`."""
-        update = self._placed(_laid_out(update))
+        update, context = self._placed(_laid_out(update)), self._context(context)
         with factorising(name):
             if removing:
-                state = self.rule.remove(self._state(name), update)
+                state = self.rule.remove(self._state(name), update, context)
             else:
-                state = self.rule.absorb(self._state(name), self._take_prepared(name), update)
+                state = self.rule.absorb(self._state(name), self._take_prepared(name), update, context)
         sums = LayerSums(update.sum_of_squares(), state.sum_of_squares())
         self._pending[name] = state, sums.state_sq
+        self._read_out.pop((name, True), None)
         return sums
 
     def untouched(self, name: str) -> LayerSums:
@@ -55,10 +63,14 @@ class Shard:
             self.states[name], self.squares[name] = state, square
             self._prepared.pop(name, None)
         self._pending = {}
+        coming = {(name, False): found for (name, pending), found in self._read_out.items() if pending}
+        self._read_out |= coming
+        self._forget_pending_reads()
 
     def abandon(self) -> None:
         """Forgets the pending states; the current ones were never touched."""
         self._pending = {}
+        self._forget_pending_reads()
 
     def prepare(self, name: str) -> None:
         """Factorises one layer's state for the next arrival, unless that was done."""
@@ -72,9 +84,12 @@ class Shard:
         Args:
             pending: of the state that :meth:`finish` will make current, where there is one.
         """
-        coming = self._pending.get(name) if pending else None
-        state = self._state(name) if coming is None else coming[0]
-        return self.rule.read(state, totals).reshape(self.layers[name].shape).cpu()
+        if not self.rule.heavy:
+            return self._read(name, totals, pending)
+        found = self._read_out.get((name, pending))
+        if found is None or found[0] != totals:
+            found = self._read_out[name, pending] = totals, self._read(name, totals, pending)
+        return found[1]
 
     def state(self, name: str) -> State:
         """A touched layer's state with its tensors on the CPU."""
@@ -84,12 +99,23 @@ class Shard:
     def clear(self) -> None:
         """Every layer as if never touched."""
         self.states, self.squares, self._prepared, self._pending = {}, {}, {}, {}
+        self._read_out = {}
 
     def put(self, name: str, state: State) -> None:
         """Takes over one layer's state, as :meth:`state` gave it."""
         self.states[name] = self._placed(state)
         self.squares[name] = self.states[name].sum_of_squares()
         self._prepared.pop(name, None)
+        self._read_out.pop((name, False), None)
+
+    def _read(self, name: str, totals: Totals, pending: bool) -> Tensor:
+        coming = self._pending.get(name) if pending else None
+        state = self._state(name) if coming is None else coming[0]
+        with factorising_model(name):
+            return self.rule.read(state, totals).reshape(self.layers[name].shape).cpu()
+
+    def _forget_pending_reads(self) -> None:
+        self._read_out = {key: found for key, found in self._read_out.items() if not key[1]}
 
     def _state(self, name: str) -> State:
         """A layer's state; one that no update has touched takes no memory between calls."""
@@ -100,6 +126,12 @@ class Shard:
         """What was prepared, released here so that it does not outlive its use."""
         self.prepare(name)
         return self._prepared.pop(name)
+
+    def _context(self, context: Context) -> Context:
+        statistics = {
+            key: aligned(tensor.contiguous()).to(self.device) for key, tensor in context.statistics.items()
+        }
+        return replace(context, statistics=statistics)
 
     def _placed(self, holder: Any) -> Any:
         """A state or an update with its tensors on this shard's device."""

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fedmerge.common.layers import LayerKind, LayerSpec
 from fedmerge.common.taskvector import LayerUpdate, LowRank
-from fedmerge.server.merge.rule import Rule, Totals
+from fedmerge.server.merge.rule import ALONE, Context, Rule, Totals
 from fedmerge.server.merge.spectrum import Spectrum, spectrum_of, split_of
 from fedmerge.server.merge.sums import RunningSum, added
 
@@ -127,7 +127,9 @@ class Opcm(Rule):
             return self._removal(state.core_JL, within_core=True) if state.core_JL.numel() else None
         return self._removal(state.sum_MN) if isinstance(state, MatrixSum) else None
 
-    def absorb(self, state: OpcmState, prepared: Removal | None, update: LayerUpdate) -> OpcmState:
+    def absorb(
+        self, state: OpcmState, prepared: Removal | None, update: LayerUpdate, context: Context = ALONE
+    ) -> OpcmState:
         if isinstance(state, FactoredSum):
             if isinstance(update, LowRank) and _stays_factored(state, update):
                 return _absorb_factored(state, prepared, update)

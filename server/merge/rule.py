@@ -2,12 +2,14 @@
 
 The engine owns one state per layer. For every update, on every layer that the update brings::
 
-    prepared = rule.prepare(state)            # costly, needs no client: runs between arrivals
-    state = rule.absorb(state, prepared, D)   # matrix products and sums
+    prepared = rule.prepare(state)                    # costly, needs no client: runs between arrivals
+    state = rule.absorb(state, prepared, D, context)  # matrix products and sums
 
 then reduces two sums per layer to :class:`Totals`, and reads the model out with
 ``rule.read(state, totals)``. Functions never change their arguments, so a state stays valid until the
-merge is committed. To add a rule: subclass :class:`Rule` in one file and name it in ``RULES``.
+merge is committed. A layer that an update does not bring keeps its state; for rules that divide by the
+number of tasks it counts as zero there. To add a rule: subclass :class:`Rule` in one file and
+name it in ``RULES``.
 
 Legend of shape suffixes: M out rows, N in columns, K numerical rank or core size, R update rank.
 """
@@ -15,8 +17,8 @@ Legend of shape suffixes: M out rows, N in columns, K numerical rank or core siz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from math import fsum, sqrt
 from typing import Any, ClassVar, Protocol
@@ -100,13 +102,39 @@ class Totals:
         return self.norm_sum / self.merges if self.merges else 0.0
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a rule may know of an arrival besides one layer's task vector.
+
+    Attributes:
+        merges: vectors absorbed before it.
+        statistics: what the site measured of this layer, by :class:`Statistic` name; float32.
+        seed: for rules that draw at random, 0 to 2^63 - 1; the same whenever this update's layer is
+            absorbed, wherever that is.
+        measured: the sum of :meth:`Rule.measure` over all layers of the update; None unless the rule
+            ``measures``.
+    """
+
+    merges: int = 0
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+    measured: Tensor | None = None
+
+
+ALONE = Context()
+"""The first vector, without statistics."""
+
+
 class Rule(BaseModel, ABC):
     """A way of merging. Its fields are its options, validated, frozen and recorded with every result.
 
     Class attributes:
         name: how users pick it.
         needs: statistics a site must send along with the task vector.
-        order_free: whether the result is the same in any order of arrival.
+        order_free: whether the result is the same in any order of arrival, up to rounding.
+        additive: whether a state is a sum of one term per update, so that one can be taken out again.
+        measures: whether it must see all of an update before it absorbs any layer.
+        heavy: whether reading a layer out costs a factorisation; engines then keep what they have read.
         cadence: when it absorbs.
         states: every type a layer's state may have; what can be saved and read back.
     """
@@ -116,6 +144,9 @@ class Rule(BaseModel, ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     order_free: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
+    heavy: ClassVar[bool] = False
     cadence: ClassVar[Cadence] = Cadence.TASK
     states: ClassVar[tuple[type, ...]]
 
@@ -127,20 +158,25 @@ class Rule(BaseModel, ABC):
         """What absorbing needs that depends on the state alone; None when nothing does."""
         return None
 
+    def measure(self, state: Any, update: LayerUpdate) -> Tensor:
+        """What is summed over an update's layers and then given to each as ``measured``; float64, (K,)."""
+        raise NotImplementedError(f"{self.name} measures nothing")
+
     @abstractmethod
-    def absorb(self, state: Any, prepared: Any, update: LayerUpdate) -> State:
+    def absorb(self, state: Any, prepared: Any, update: LayerUpdate, context: Context = ALONE) -> State:
         """The state after one more update of this layer, whose values are finite."""
 
-    def remove(self, state: Any, update: LayerUpdate) -> State:
+    def remove(self, state: Any, update: LayerUpdate, context: Context = ALONE) -> State:
         """The state as if an update it has absorbed had never come, up to rounding.
 
-        Only rules that are ``order_free`` have one; for others the order is part of the result.
+        Only ``additive`` rules have one.
         """
-        raise NotImplementedError(f"{self.name} depends on the order of its updates")
+        raise NotImplementedError(f"{self.name} cannot take a vector out again")
 
-    @abstractmethod
     def scale(self, totals: Totals) -> float:
-        """The factor c_T from the running sum to the merged task vector."""
+        """The factor c_T from the running sum to the merged task vector; 1 for rules that read out more
+        than a multiple of a sum, 0 before the first merge."""
+        return 1.0 if totals.merges else 0.0
 
     @abstractmethod
     def read(self, state: Any, totals: Totals) -> Tensor:

@@ -5,13 +5,16 @@ Sums are float32 like the vectors themselves; their squares are summed in float6
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import LayerUpdate, LowRank
+from fedmerge.server.merge.rule import ALONE, Context, Rule, Totals
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,31 @@ class RunningSum:
 
     def read(self, scale: float) -> Tensor:
         return self.sum_MN * scale
+
+
+class SumRule(Rule):
+    """Reads out a multiple of the sum of all task vectors; a subclass says which multiple."""
+
+    order_free: ClassVar[bool] = True
+    additive: ClassVar[bool] = True
+    states: ClassVar[tuple[type, ...]] = (RunningSum,)
+
+    def init(self, layer: LayerSpec) -> RunningSum:
+        return RunningSum.zero(layer)
+
+    def absorb(
+        self, state: RunningSum, prepared: None, update: LayerUpdate, context: Context = ALONE
+    ) -> RunningSum:
+        return state.plus(update)
+
+    def remove(self, state: RunningSum, update: LayerUpdate, context: Context = ALONE) -> RunningSum:
+        return state.minus(update)
+
+    @abstractmethod
+    def scale(self, totals: Totals) -> float: ...
+
+    def read(self, state: RunningSum, totals: Totals) -> Tensor:
+        return state.read(self.scale(totals))
 
 
 def added(sum_MN: Tensor, update: LayerUpdate) -> Tensor:

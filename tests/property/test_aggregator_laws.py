@@ -185,7 +185,7 @@ class Run:
         except NotKept:
             assert self.may_lack(task), f"{task} should be removable"
         else:
-            self.models.append(model.without(task, make_rule(self.rule).order_free))
+            self.models.append(model.without(task, make_rule(self.rule).additive))
 
     def may_lack(self, task: str) -> bool:
         """Whether a vector that taking out a task needs may be gone; any older one, where order matters."""
@@ -193,7 +193,7 @@ class Run:
             return False
         newest_gone = len(self.models) - 1 - self.retention.vectors
         needed = [seed for seed in self.models[-1].inside if task_of(seed) == task]
-        if not make_rule(self.rule).order_free:
+        if not make_rule(self.rule).additive:
             needed = list(self.merged_as)
         return any(self.merged_as[seed] <= newest_gone for seed in needed)
 

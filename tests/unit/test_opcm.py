@@ -6,7 +6,7 @@ from math import sqrt
 
 import pytest
 import torch
-from rule_contract import Fold, as_dense, factored, gaussian, relative_difference, zero
+from rule_contract import LAYERS, Fold, RuleContract, as_dense, factored, gaussian, relative_difference, zero
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,14 +24,34 @@ def matrix(rows: int, columns: int, name: str = "weight") -> LayerSpec:
     return LayerSpec(name, (rows, columns), torch.float32, LayerKind.MATRIX)
 
 
-def published(layers: list[LayerSpec], vectors: list[dict[str, Dense]], diagonal: Diagonal) -> PublishedOpcm:
+def published(
+    layers: list[LayerSpec], vectors: list[dict[str, Dense]], diagonal: Diagonal, alpha: float = 0.5
+) -> PublishedOpcm:
     """The published run in float64 over vectors given as they are, from a base of zeros."""
     base = {layer.name: torch.zeros(layer.shape) for layer in layers}
     linear = [layer.name for layer in layers if layer.kind is LayerKind.MATRIX]
-    model = PublishedOpcm(base, linear, diagonal=diagonal, dtype=torch.float64)
+    model = PublishedOpcm(base, linear, diagonal=diagonal, dtype=torch.float64, alpha=alpha)
     for vector in vectors:
         model.merge({name: update.values for name, update in vector.items()})
     return model
+
+
+class TestOpcm(RuleContract):
+    """The reference is the published step in float64, which is well posed for vectors of full rank only."""
+
+    rules = (Opcm(), Opcm(diagonal="left"), Opcm(alpha=0.0), Opcm(alpha=0.9))
+    tolerance = 2e-5
+
+    def reference(self, rule, arrivals):
+        """Zero vectors are left out but for their norm, because the published step divides by the first's."""
+        vectors = [as_dense(arrival) for arrival in arrivals]
+        merged = [v for v in vectors if any(update.values.any() for update in v.values())]
+        if not merged:
+            return {name: update.values for name, update in vectors[0].items()}
+        diagonal = "cleared_within_rank" if rule.diagonal == "cleared" else "left"
+        model = published(list(LAYERS), merged, diagonal, rule.alpha)
+        share = len(merged) / len(vectors)
+        return {name: vector * share for name, vector in model.vector().items()}
 
 
 class TestWorkedByHand:

@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from rule_contract import LAYERS, Fold, gaussian, relative_difference
+from rule_contract import LAYERS, Fold, RuleContract, gaussian, relative_difference
 
 from fedmerge.common.errors import ConfigError
 from fedmerge.server.merge import RULES, make_rule
@@ -22,8 +22,18 @@ def summed(factor: float) -> dict[str, torch.Tensor]:
     return {x.name: factor * sum(a[x.name].values.double() for a in ARRIVALS) for x in LAYERS}
 
 
-def test_average_is_the_mean() -> None:
-    assert relative_difference(Fold(Average(), LAYERS).merge(*ARRIVALS).read(), summed(1 / 4)) < 1e-6
+class TestAverage(RuleContract):
+    rules = (Average(),)
+
+    def layer_reference(self, rule, layer, vectors, contexts):
+        return sum(vectors) / len(vectors)
+
+
+class TestTaskArithmetic(RuleContract):
+    rules = (TaskArithmetic(), TaskArithmetic(factor=1.0))
+
+    def layer_reference(self, rule, layer, vectors, contexts):
+        return rule.factor * sum(vectors)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.1, 0.3, 2.0])

@@ -1,0 +1,164 @@
+"""Statistics: what a site may send beside its task vector, because a merge rule needs it.
+
+All of them are per layer, float32, and means over local samples, so that those of several sites add up.
+
+- ``input_gram``: ``G = mean of x x^T`` over the inputs x of a matrix layer, as a factor R (r, N) with
+  ``R^T R = G`` and r from 1 to N, N the columns of :attr:`LayerSpec.matrix_shape`. Of an elementwise scale
+  (the weight of a LayerNorm): the mean of its squared inputs, (numel,). Other layers have none. Layers that
+  share one input share one Gram, which is held and sent once.
+- ``fisher``: the diagonal of the empirical Fisher information at the fine-tuned weights, the layer's shape.
+- ``second_moment``: AdamW's ``exp_avg_sq`` at the end of training, the layer's shape.
+
+Legend of shape suffixes: M out rows, N in columns, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import isfinite, prod
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fedmerge.common.errors import BadStatistic, NonFinite, ShapeMismatch
+from fedmerge.common.layers import shared_names
+
+if TYPE_CHECKING:
+    from fedmerge.common.taskvector import TaskVector
+
+Shape = tuple[int, ...]
+
+MOST = 2.0**60
+"""The largest sum of a layer's values, or trace of its Gram. A million such, times weights of up to 2^40, stay
+within float32, so that finite statistics cannot overflow the model."""
+
+
+class Statistic(StrEnum):
+    """Names of statistics, as rules ask for them and vector files list them."""
+
+    INPUT_GRAM = "input_gram"
+    FISHER = "fisher"
+    SECOND_MOMENT = "second_moment"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A task vector's statistics, each read when it is asked for.
+
+    Called with a layer's name it gives that layer's statistics by name; none for a layer it does not know.
+
+    Attributes:
+        read: the statistics of a layer in ``shapes``.
+        shapes: by layer, then statistic; known before anything is read.
+        shared_input: layers that share the input Gram of another one, to that one.
+    """
+
+    read: Callable[[str], Mapping[str, Tensor]]
+    shapes: Mapping[str, Mapping[str, Shape]]
+    shared_input: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, held: Mapping[str, Mapping[str, Tensor]]) -> Statistics:
+        """Statistics in memory, by layer and name; layers that hold the same Gram tensor share it."""
+        shapes = {
+            layer: {name: tuple(values.shape) for name, values in found.items()}
+            for layer, found in held.items()
+        }
+        grams = {
+            layer: found[Statistic.INPUT_GRAM]
+            for layer, found in held.items()
+            if Statistic.INPUT_GRAM in found and found[Statistic.INPUT_GRAM].is_contiguous()
+        }
+        return cls(held.__getitem__, shapes, shared_names(grams))
+
+    def __call__(self, layer: str) -> Mapping[str, Tensor]:
+        return self.read(layer) if layer in self.shapes else {}
+
+    def shared_among(self, layers: Iterable[str]) -> dict[str, str]:
+        """Of these layers, those whose input Gram is that of an earlier one of them, to that one."""
+        first: dict[str, str] = {}
+        shared = {}
+        for layer in layers:
+            if Statistic.INPUT_GRAM in self.shapes.get(layer, {}):
+                holder = first.setdefault(self.shared_input.get(layer, layer), layer)
+                if holder != layer:
+                    shared[layer] = holder
+        return shared
+
+    def in_memory(self, layers: Iterable[str]) -> Statistics:
+        """The statistics of these layers, all read; a shared Gram is held once."""
+        layers = tuple(layers)
+        shared = self.shared_among(layers)
+        held: dict[str, dict[str, Tensor]] = {}
+        for layer in layers:
+            held[layer] = dict(self(layer))
+            if layer in shared:
+                held[layer][Statistic.INPUT_GRAM] = held[shared[layer]][Statistic.INPUT_GRAM]
+        return Statistics.of(held)
+
+
+def statistics_of(vector: TaskVector) -> Statistics:
+    """A vector's statistics with their shapes; those that a plain function gives are all read."""
+    if isinstance(vector.statistics, Statistics):
+        return vector.statistics
+    return Statistics.of({layer: found for layer in vector.names if (found := vector.statistics(layer))})
+
+
+def check_shape(
+    statistic: str, shape: Shape, layer_shape: Shape, *, where: str, layer: str, matrix: bool | None = None
+) -> None:
+    """Refuses a statistic that does not fit its layer.
+
+    Args:
+        matrix: whether the layer is one; where that is not known, either form of an input Gram passes.
+
+    Raises:
+        ShapeMismatch: naming the layer, got and wanted.
+    """
+    fits, wanted = shape == layer_shape, f"{layer_shape}"
+    if statistic == Statistic.INPUT_GRAM:
+        numel, columns = prod(layer_shape), prod(layer_shape[1:])
+        is_factor = len(shape) == 2 and 1 <= shape[0] <= shape[1] == columns
+        fits = (is_factor and matrix is not False) or (shape == (numel,) and matrix is not True)
+        wanted = f"(r, {columns}) with r from 1 to {columns} of a matrix, ({numel},) of another layer"
+    if not fits:
+        raise ShapeMismatch(
+            f"{statistic} of a shape that does not fit the layer",
+            where=where,
+            layer=layer,
+            got=shape,
+            wanted=wanted,
+        )
+
+
+def check_values(statistic: str, shape: Shape, blocks: Iterable[Tensor], *, where: str, layer: str) -> None:
+    """Refuses values that no mean of squares can have.
+
+    Args:
+        shape: of the statistic; ``blocks``: its values in float32, in any number of pieces.
+
+    Raises:
+        NonFinite: NaN or infinities. BadStatistic: negative where squares are meant, or larger than ``MOST``.
+    """
+    is_factor = statistic == Statistic.INPUT_GRAM and len(shape) == 2
+    total, lowest = 0.0, 0.0
+    for values in blocks:
+        wide = values.double().flatten()
+        total += float(wide.dot(wide) if is_factor else wide.sum())
+        lowest = min(lowest, float(wide.min()) if wide.numel() else 0.0)
+    if not isfinite(total):
+        raise NonFinite(
+            f"{statistic} with values that are not finite in float32", where=where, layer=layer, wanted="none"
+        )
+    if lowest < 0 and not is_factor:
+        raise BadStatistic(f"{statistic} with negative values", where=where, layer=layer, wanted="squares")
+    if total > MOST:
+        raise BadStatistic(
+            f"{statistic} with a sum that is too large",
+            where=where,
+            layer=layer,
+            got=f"{total:.1e}",
+            wanted=f"at most {MOST:.1e}",
+        )
