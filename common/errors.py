@@ -10,11 +10,13 @@
     │   ├── ShapeMismatch
     │   ├── DtypeMismatch
     │   ├── BaseMismatch          made from another base
+    │   ├── StatisticsMissing     the merge rule asks for what this does not bring
     │   └── VersionMismatch       origin version or software version
     ├── ValueRefused              the numbers themselves cannot be merged
     │   ├── NonFinite
     │   ├── NormExceeded          larger than the configured ratio of the base
-    │   └── BadWeight             a self-reported example count outside its range
+    │   ├── BadWeight             a self-reported example count outside its range
+    │   └── BadStatistic          negative where squares are meant, or too large
     ├── LimitError                a bound on bytes, requests or space is reached
     │   ├── TooLarge              never fits; sending it again does not help
     │   ├── QuotaExceeded         this site has used its share for now
@@ -118,6 +120,10 @@ class BaseMismatch(MismatchError):
     """Made from a base with another fingerprint."""
 
 
+class StatisticsMissing(MismatchError):
+    """The merge rule asks for a statistic that this does not bring."""
+
+
 class VersionMismatch(MismatchError):
     """An origin version or a software version that does not fit."""
 
@@ -136,6 +142,10 @@ class NormExceeded(ValueRefused):
 
 class BadWeight(ValueRefused):
     """A self-reported example count outside its range."""
+
+
+class BadStatistic(ValueRefused):
+    """A statistic that no data can give: negative where squares are meant, or too large to be summed."""
 
 
 class LimitError(FedmergeError):

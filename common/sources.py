@@ -12,6 +12,9 @@ from fedmerge.common import adapter, vectorfile
 from fedmerge.common.base import Base
 from fedmerge.common.checkpoint import SINGLE, Checkpoint
 from fedmerge.common.errors import BaseMismatch, FileError, MissingLayer, ShapeMismatch, UnknownLayer
+from fedmerge.common.layers import LayerKind
+from fedmerge.common.statisticparts import check_listed
+from fedmerge.common.statistics import check_shape, statistics_of
 from fedmerge.common.taskvector import Manifest, TaskVector, nearest
 
 
@@ -77,11 +80,13 @@ def open_update(
 def check_vector(vector: TaskVector, base: Base) -> None:
     """Holds a task vector against the base by names and shapes; reads no tensor of a file of ours.
 
-    Its stored and unchanged layers together must be exactly the base's merged layers.
+    Its stored and unchanged layers together must be exactly the base's merged layers. Statistics must be
+    listed in the manifest and have the shape that the layer's kind asks for.
 
     Raises:
         BaseMismatch: measured from a base with another fingerprint; an empty one passes.
         UnknownLayer, MissingLayer, ShapeMismatch: naming the vector and the layer.
+        FileError: statistics that are not listed.
     """
     if vector.manifest.base not in ("", base.fingerprint):
         raise BaseMismatch(
@@ -109,6 +114,7 @@ def check_vector(vector: TaskVector, base: Base) -> None:
                 got=tuple(shape),
                 wanted=base.layers[name].shape,
             )
+    _check_statistics(vector, base)
 
 
 def _check_cover(vector: TaskVector, base: Base) -> None:
@@ -121,3 +127,13 @@ def _check_cover(vector: TaskVector, base: Base) -> None:
                 layer=name,
                 do="Name layers that were not trained as unchanged.",
             )
+
+
+def _check_statistics(vector: TaskVector, base: Base) -> None:
+    found = statistics_of(vector)
+    check_listed(found, vector.manifest.statistics, vector.label)
+    for name in vector.names:
+        layer = base.layers[name]
+        is_matrix = layer.kind is LayerKind.MATRIX
+        for statistic, shape in found.shapes.get(name, {}).items():
+            check_shape(statistic, shape, layer.shape, where=vector.label, layer=name, matrix=is_matrix)

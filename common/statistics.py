@@ -15,7 +15,7 @@ Legend of shape suffixes: M out rows, N in columns, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import isfinite, prod
 from typing import TYPE_CHECKING
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
+FLOAT32_BYTES = 4
+
 MOST = 2.0**60
-"""The largest sum of a layer's values, or trace of its Gram. A million such, times weights of up to 2^40, stay
-within float32, so that finite statistics cannot overflow the model."""
+"""Most that a layer's values may sum up to, or the trace of its Gram. A million such, times weights of up to
+2^40, stay within float32, so that no sum of finite statistics overflows."""
 
 
 class Statistic(StrEnum):
@@ -53,11 +55,13 @@ class Statistics:
         read: the statistics of a layer in ``shapes``.
         shapes: by layer, then statistic; known before anything is read.
         shared_input: layers that share the input Gram of another one, to that one.
+        payload_bytes: in the file they come from; for others, as float32. A shared Gram counts once.
     """
 
     read: Callable[[str], Mapping[str, Tensor]]
     shapes: Mapping[str, Mapping[str, Shape]]
-    shared_input: Mapping[str, str] = field(default_factory=dict)
+    shared_input: Mapping[str, str]
+    payload_bytes: int
 
     @classmethod
     def of(cls, held: Mapping[str, Mapping[str, Tensor]]) -> Statistics:
@@ -71,7 +75,26 @@ class Statistics:
             for layer, found in held.items()
             if Statistic.INPUT_GRAM in found and found[Statistic.INPUT_GRAM].is_contiguous()
         }
-        return cls(held.__getitem__, shapes, shared_names(grams))
+        return cls.described(held.__getitem__, shapes, shared_names(grams))
+
+    @classmethod
+    def described(
+        cls,
+        read: Callable[[str], Mapping[str, Tensor]],
+        shapes: Mapping[str, Mapping[str, Shape]],
+        shared_input: Mapping[str, str],
+    ) -> Statistics:
+        """Statistics that are float32 wherever they lie."""
+        found = cls(read, shapes, shared_input, 0)
+        values = sum(prod(shapes[layer][name]) for layer, name in found.stored(shapes))
+        return replace(found, payload_bytes=FLOAT32_BYTES * values)
+
+    @classmethod
+    def known(cls, read: Callable[[str], Mapping[str, Tensor]], layers: Iterable[str]) -> Statistics:
+        """What a vector's ``statistics`` give for these layers; those of a plain function are all read."""
+        if isinstance(read, Statistics):
+            return read
+        return cls.of({layer: found for layer in layers if (found := read(layer))})
 
     def __call__(self, layer: str) -> Mapping[str, Tensor]:
         return self.read(layer) if layer in self.shapes else {}
@@ -87,6 +110,17 @@ class Statistics:
                     shared[layer] = holder
         return shared
 
+    def stored(self, layers: Iterable[str]) -> list[tuple[str, str]]:
+        """Layer and name of all that these layers have, a shared Gram with the first of its layers alone."""
+        layers = tuple(layers)
+        shared = self.shared_among(layers)
+        return [
+            (layer, name)
+            for layer in layers
+            for name in self.shapes.get(layer, {})
+            if name != Statistic.INPUT_GRAM or layer not in shared
+        ]
+
     def in_memory(self, layers: Iterable[str]) -> Statistics:
         """The statistics of these layers, all read; a shared Gram is held once."""
         layers = tuple(layers)
@@ -100,10 +134,13 @@ class Statistics:
 
 
 def statistics_of(vector: TaskVector) -> Statistics:
-    """A vector's statistics with their shapes; those that a plain function gives are all read."""
-    if isinstance(vector.statistics, Statistics):
-        return vector.statistics
-    return Statistics.of({layer: found for layer in vector.names if (found := vector.statistics(layer))})
+    """A vector's statistics with their shapes."""
+    return Statistics.known(vector.statistics, vector.names)
+
+
+def is_factor(statistic: str, shape: Shape) -> bool:
+    """Whether it is a factor of a Gram; everything else is squares, elementwise."""
+    return statistic == Statistic.INPUT_GRAM and len(shape) == 2
 
 
 def check_shape(
@@ -120,8 +157,8 @@ def check_shape(
     fits, wanted = shape == layer_shape, f"{layer_shape}"
     if statistic == Statistic.INPUT_GRAM:
         numel, columns = prod(layer_shape), prod(layer_shape[1:])
-        is_factor = len(shape) == 2 and 1 <= shape[0] <= shape[1] == columns
-        fits = (is_factor and matrix is not False) or (shape == (numel,) and matrix is not True)
+        as_factor = len(shape) == 2 and 1 <= shape[0] <= shape[1] == columns
+        fits = (as_factor and matrix is not False) or (shape == (numel,) and matrix is not True)
         wanted = f"(r, {columns}) with r from 1 to {columns} of a matrix, ({numel},) of another layer"
     if not fits:
         raise ShapeMismatch(
@@ -142,17 +179,17 @@ def check_values(statistic: str, shape: Shape, blocks: Iterable[Tensor], *, wher
     Raises:
         NonFinite: NaN or infinities. BadStatistic: negative where squares are meant, or larger than ``MOST``.
     """
-    is_factor = statistic == Statistic.INPUT_GRAM and len(shape) == 2
+    factor = is_factor(statistic, shape)
     total, lowest = 0.0, 0.0
     for values in blocks:
         wide = values.double().flatten()
-        total += float(wide.dot(wide) if is_factor else wide.sum())
+        total += float(wide.dot(wide) if factor else wide.sum())
         lowest = min(lowest, float(wide.min()) if wide.numel() else 0.0)
     if not isfinite(total):
         raise NonFinite(
             f"{statistic} with values that are not finite in float32", where=where, layer=layer, wanted="none"
         )
-    if lowest < 0 and not is_factor:
+    if lowest < 0 and not factor:
         raise BadStatistic(f"{statistic} with negative values", where=where, layer=layer, wanted="squares")
     if total > MOST:
         raise BadStatistic(

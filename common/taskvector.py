@@ -26,6 +26,7 @@ from torch import Tensor
 from fedmerge.common.checkpoint import Checkpoint, open_checkpoint
 from fedmerge.common.errors import DtypeMismatch, MissingLayer, NonFinite, ShapeMismatch, UnknownLayer
 from fedmerge.common.layers import FLOAT_DTYPES, LayerSpec, describe, matches, short_dtype
+from fedmerge.common.statistics import Statistics
 
 if TYPE_CHECKING:
     from fedmerge.common.base import Base
@@ -202,8 +203,9 @@ class TaskVector:
         return sqrt(fsum(update.sum_of_squares() for _, update in self.items()))
 
     def in_memory(self) -> TaskVector:
-        """The same vector with every layer read."""
-        return TaskVector.of(dict(self.items()), self.unchanged, self.manifest, self.label)
+        """The same vector with every layer and its statistics read."""
+        held = TaskVector.of(dict(self.items()), self.unchanged, self.manifest, self.label)
+        return replace(held, statistics=Statistics.known(self.statistics, self.names).in_memory(self.names))
 
 
 def measured_from(base: Base, manifest: Manifest | None) -> Manifest:

@@ -4,6 +4,8 @@ Tensors, float32 when written here unless bfloat16 is asked for:
 
     NAME            a dense layer, in the layer's own shape
     NAME#left       (M, R), with NAME#right (R, N): a low-rank layer; the scale is in the left factor
+    NAME#STATISTIC  input_gram, fisher or second_moment of a layer stored here, in the shapes that
+                    common.statistics describes
 
 Metadata, all strings:
 
@@ -12,9 +14,11 @@ Metadata, all strings:
     origin_version  the version fine-tuning started from
     task, site      names
     examples        training examples behind it, at least 1
-    statistics      JSON list of the names of extra sums that come with it
+    statistics      JSON list of the names of the statistics that come with it; names unknown here pass
     unchanged       JSON list of layers known to be zero, which are not stored
     low_rank        JSON object from each low-rank layer's name to the layer's shape
+    shared_input    JSON object from each layer whose input Gram is that of another one, and is therefore
+                    not stored, to the layer that stores it; only where there is such a layer
 
 Readers also take float16, bfloat16 and float64 tensors; they become float32 when they are read.
 
@@ -24,13 +28,12 @@ Legend of shape suffixes: M out rows, N in columns, R rank.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -40,7 +43,6 @@ from fedmerge.common.errors import (
     BadWeight,
     DtypeMismatch,
     FileError,
-    NonFinite,
     ShapeMismatch,
     UnsafeFile,
     VersionMismatch,
@@ -56,20 +58,20 @@ from fedmerge.common.header import (
     unique_keys,
 )
 from fedmerge.common.layers import FLOAT_DTYPES, describe, short_dtype
+from fedmerge.common.statisticparts import check_listed, open_statistics, part_of, statistic_in
+from fedmerge.common.statistics import Shape, Statistic, Statistics, check_shape, check_values, statistics_of
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, Manifest, TaskVector, require_mergeable
 from fedmerge.common.writing import CODES, replacing
 
 FAMILY = "fedmerge.task_vector/"
 FORMAT = FAMILY + "1"
 LEFT, RIGHT = "#left", "#right"
+SHARED_INPUT = "shared_input"
 KEYS = ("base", "origin_version", "task", "site", "examples", "statistics", "unchanged", "low_rank")
 WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
 FINGERPRINT = re.compile(r"([0-9a-f]{64})?", re.ASCII)
 LONGEST_NUMBER = 10**13
 """More than any size or offset in bytes that is ever written: 10 TB."""
-BLOCK_BYTES = 2**20
-GRAM_RANK = 1024
-"""Two Gram matrices of this rank take 16 MiB, whatever the layer."""
 
 
 def save(vector: TaskVector, path: Path | str, dtype: torch.dtype = torch.float32) -> int:
@@ -83,8 +85,10 @@ def save(vector: TaskVector, path: Path | str, dtype: torch.dtype = torch.float3
 
     Raises:
         FileError: the folder is missing or cannot be written, or a layer's name cannot be stored.
+        FileError: statistics that the manifest does not list.
         BadWeight: an example count below 1.
-        NonFinite: a layer with NaN or infinities, before or after rounding.
+        ShapeMismatch, BadStatistic: a statistic that does not fit its layer, or that no data can give.
+        NonFinite: a layer or a statistic with NaN or infinities, before or after rounding.
     """
     with replacing(Path(path)) as file:
         return write(vector, file, dtype)
@@ -105,8 +109,9 @@ def load(path: Path | str) -> TaskVector:
         UnsafeFile: not a well-formed safetensors file.
         VersionMismatch: written in a format that this software does not know.
         BadWeight: an example count that is not an integer of at least 1.
-        ShapeMismatch, DtypeMismatch: factors that do not multiply to their layer, or are not floats.
-        NonFinite: when the offending layer is read.
+        ShapeMismatch, DtypeMismatch: factors that do not multiply to their layer, statistics that do not fit
+            it, or tensors that are not floats.
+        NonFinite, BadStatistic: when the offending layer or its statistics are read.
     """
     path = Path(path)
     return _open(str(path), read_header(path), tensor_reader(path))
@@ -136,134 +141,6 @@ def is_task_vector(path: Path | str) -> bool:
     return read_header(Path(path)).metadata.get("format", "").startswith(FAMILY)
 
 
-def scan(path: Path | str, max_block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[str, float]]:
-    """``||D||_F^2`` of every stored layer in float64, in one pass over the payload.
-
-    What :func:`load` and reading every layer would find out, without a layer in memory: one block of the
-    payload at a time, and both factors of a low-rank layer.
-
-    Args:
-        max_block_bytes: at least 8.
-
-    Yields:
-        name and squared norm of each layer, in the order of the payload.
-
-    Raises:
-        ShapeMismatch: a low-rank layer of a rank that :func:`check_rank` refuses.
-        NonFinite: a layer with NaN or infinities in float32, or factors whose product may overflow it.
-        FileError: and the errors of :func:`load`, for a file that is not one or changes meanwhile.
-    """
-    path = Path(path)
-    label, header = str(path), read_header(path)
-    vector = _open(label, header, tensor_reader(path))
-    with _BlockReader(path, header, max_block_bytes) as reader:
-        for name, shape in vector.shapes.items():
-            if name in header.layout:
-                yield name, _dense_square(reader, name, label)
-            else:
-                check_rank(header.layout[name + LEFT][0][1], shape, where=label, layer=name)
-                yield name, _low_rank_square(reader, name, shape, label)
-
-
-def check_rank(rank: int, shape: tuple[int, ...], *, where: str, layer: str) -> None:
-    """Refuses a rank whose Gram matrices would outgrow the layer: above its smaller side and above 1024.
-
-    A file of a few megabytes may otherwise ask for terabytes.
-
-    Raises:
-        ShapeMismatch: naming the layer, got rank and wanted rank.
-    """
-    most = max(GRAM_RANK, min(shape[0], prod(shape[1:])))
-    if rank > most:
-        raise ShapeMismatch(
-            "factors of a higher rank than the layer can have",
-            where=where,
-            layer=layer,
-            got=f"rank {rank}",
-            wanted=f"at most {most}",
-        )
-
-
-class _BlockReader:
-    """Reads tensors of a file block by block through one buffer; nothing is mapped.
-
-    Args:
-        max_block_bytes: size of the buffer. A block is valid until the next one is read.
-    """
-
-    def __init__(self, path: Path, header: Header, max_block_bytes: int) -> None:
-        self._path, self._header = path, header
-        self._buffer = bytearray(max_block_bytes // 8 * 8)
-
-    def __enter__(self) -> Self:
-        try:
-            self._file = self._path.open("rb", buffering=0)
-        except OSError as error:
-            raise FileError("cannot be read", where=self._path, got=error.strerror) from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def blocks(self, part: str) -> Iterator[Tensor]:
-        """The values of a tensor in float32, flat, in order."""
-        dtype = self._header.layout[part][1]
-        begin, end = self._header.ranges[part]
-        for offset in range(begin, end, len(self._buffer)):
-            view = memoryview(self._buffer)[: end - offset]
-            self._fill(view, offset)
-            yield torch.frombuffer(self._buffer, dtype=dtype, count=len(view) // dtype.itemsize).float()
-
-    def whole(self, part: str) -> Tensor:
-        """A tensor in float32, in its own shape."""
-        shape = self._header.layout[part][0]
-        values = torch.empty(prod(shape), dtype=torch.float32)
-        filled = 0
-        for block in self.blocks(part):
-            values[filled : filled + len(block)] = block
-            filled += len(block)
-        return values.reshape(shape)
-
-    def _fill(self, view: memoryview, offset: int) -> None:
-        while view:
-            try:
-                count = os.preadv(self._file.fileno(), [view], offset)
-            except OSError as error:
-                raise FileError("cannot be read", where=self._path, got=error.strerror) from error
-            if not count:
-                raise UnsafeFile("the file became shorter while it was read", where=self._path)
-            view, offset = view[count:], offset + count
-
-
-def _dense_square(reader: _BlockReader, name: str, label: str) -> float:
-    square = 0.0
-    for values in reader.blocks(name):
-        wide = values.double()
-        square += float(wide.dot(wide))
-    if not isfinite(square):
-        raise NonFinite("values that are not finite in float32", where=label, layer=name, wanted="none")
-    return square
-
-
-def _low_rank_square(reader: _BlockReader, name: str, shape: tuple[int, ...], label: str) -> float:
-    """From the R x R Grams, summed over blocks of rows and columns, so that no factor is widened whole."""
-    update = LowRank(reader.whole(name + LEFT), reader.whole(name + RIGHT), shape)
-    require_mergeable(update, where=label, layer=name)
-    left_RR, right_RR = _gram(update.left_MR), _gram(update.right_RN.T)
-    return max(float(left_RR.mul_(right_RR).sum()), 0.0)
-
-
-def _gram(tall_MR: Tensor) -> Tensor:
-    """``tall^T tall`` in float64."""
-    rows, rank = tall_MR.shape
-    gram_RR = torch.zeros(rank, rank, dtype=torch.float64)
-    step = max(1, BLOCK_BYTES // (8 * rank))
-    for start in range(0, rows, step):
-        wide_BR = tall_MR[start : start + step].double()
-        gram_RR.addmm_(wide_BR.T, wide_BR)
-    return gram_RR
-
-
 # Writing: the header needs every rank, known only once a layer is read. So room for the longest possible
 # header is left free, the payload follows, and the header is written last, padded with spaces.
 
@@ -274,11 +151,16 @@ def write(vector: TaskVector, file: BinaryIO, dtype: torch.dtype = torch.float32
         check_name(name, vector.label)
         if "#" in name:
             raise FileError("a layer's name must not contain '#'", where=vector.label, layer=name)
-    _manifest(_metadata(vector, {}), vector.label)
-    room_bytes = _room(vector)
+    statistics = statistics_of(vector)
+    check_listed(statistics, vector.manifest.statistics, vector.label)
+    shared = statistics.shared_among(vector.names)
+    _manifest(_metadata(vector.manifest, vector.unchanged, {}, shared), vector.label)
+    room_bytes = _room(vector, statistics)
     file.seek(LENGTH_BYTES + room_bytes)
-    entries, low_rank = _write_payload(vector, file, dtype)
-    header = _compact({"__metadata__": _metadata(vector, low_rank), **entries})
+    payload = _Payload(file, dtype)
+    low_rank = _write_layers(vector, statistics, shared, payload)
+    metadata = _metadata(vector.manifest, vector.unchanged, low_rank, shared)
+    header = _compact({"__metadata__": metadata, **payload.entries})
     assert len(header) <= room_bytes
     total_bytes = file.tell()
     file.seek(0)
@@ -286,16 +168,20 @@ def write(vector: TaskVector, file: BinaryIO, dtype: torch.dtype = torch.float32
     return total_bytes
 
 
-def _room(vector: TaskVector) -> int:
+def _room(vector: TaskVector, statistics: Statistics) -> int:
     """Bytes that the header certainly fits in, a multiple of 8."""
     longest = [LONGEST_NUMBER] * 2
     entry = {"dtype": "BF16", "shape": longest, "data_offsets": longest}
-    total = len(_compact({"__metadata__": _metadata(vector, {})}))
+    shared = statistics.shared_among(vector.names)
+    total = len(_compact({"__metadata__": _metadata(vector.manifest, vector.unchanged, {}, shared)}))
     for name in vector.names:
         dims = len(vector.shapes[name]) if name in vector.shapes else MAX_DIMS
         shape = [LONGEST_NUMBER] * dims
         total += len(_compact({name + LEFT: entry, name + RIGHT: entry}))
         total += len(_compact(json.dumps({name: shape})))
+    for name, statistic in statistics.stored(vector.names):
+        shape = [LONGEST_NUMBER] * len(statistics.shapes[name][statistic])
+        total += len(_compact({part_of(name, statistic): {**entry, "shape": shape}}))
     return (total + 7) // 8 * 8
 
 
@@ -303,29 +189,50 @@ def _compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _write_payload(
-    vector: TaskVector, file: BinaryIO, dtype: torch.dtype
-) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[int, ...]]]:
-    entries: dict[str, dict[str, Any]] = {}
+class _Payload:
+    """Tensors written one after the other in one dtype; ``entries`` describes them for the header."""
+
+    def __init__(self, file: BinaryIO, dtype: torch.dtype) -> None:
+        self._file, self.dtype, self._offset = file, dtype, 0
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def put(self, part: str, tensor: Tensor) -> None:
+        values = tensor_bytes(tensor)
+        self._file.write(values)
+        end = self._offset + len(values)
+        self.entries[part] = {
+            "dtype": CODES[self.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._offset, end],
+        }
+        self._offset = end
+
+
+def _write_layers(
+    vector: TaskVector, statistics: Statistics, shared: Mapping[str, str], payload: _Payload
+) -> dict[str, tuple[int, ...]]:
+    """Every layer and its statistics behind it; the shapes of the low-rank layers."""
     low_rank: dict[str, tuple[int, ...]] = {}
-    offset = 0
     for name, update in vector.items():
         parts = (name + LEFT, name + RIGHT) if isinstance(update, LowRank) else (name,)
-        stored = _rounded(update, dtype)
+        stored = _rounded(update, payload.dtype)
         require_mergeable(stored, where=vector.label, layer=name)
         if isinstance(update, LowRank):
             low_rank[name] = update.shape
         for part, tensor in zip(parts, stored.tensors(), strict=True):
-            values = tensor_bytes(tensor)
-            file.write(values)
-            end = offset + len(values)
-            entries[part] = {
-                "dtype": CODES[dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-    return entries, low_rank
+            payload.put(part, tensor)
+        for statistic, values in statistics(name).items():
+            if statistic != Statistic.INPUT_GRAM or name not in shared:
+                rounded = values.to(payload.dtype)
+                _check_statistic(statistic, rounded, update.shape, vector.label, name)
+                payload.put(part_of(name, statistic), rounded)
+    return low_rank
+
+
+def _check_statistic(statistic: str, values: Tensor, layer_shape: Shape, label: str, name: str) -> None:
+    shape = tuple(values.shape)
+    check_shape(statistic, shape, layer_shape, where=label, layer=name)
+    check_values(statistic, shape, [values.float()], where=label, layer=name)
 
 
 def _rounded(update: LayerUpdate, dtype: torch.dtype) -> LayerUpdate:
@@ -334,8 +241,9 @@ def _rounded(update: LayerUpdate, dtype: torch.dtype) -> LayerUpdate:
     return Dense(update.values.to(dtype))
 
 
-def _metadata(vector: TaskVector, low_rank: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    manifest = vector.manifest
+def _metadata(
+    manifest: Manifest, unchanged: Iterable[str], low_rank: Mapping[str, Shape], shared: Mapping[str, str]
+) -> dict[str, str]:
     return {
         "format": FORMAT,
         "base": manifest.base,
@@ -344,8 +252,9 @@ def _metadata(vector: TaskVector, low_rank: Mapping[str, tuple[int, ...]]) -> di
         "site": manifest.site,
         "examples": str(manifest.examples),
         "statistics": json.dumps(list(manifest.statistics)),
-        "unchanged": json.dumps(list(vector.unchanged)),
+        "unchanged": json.dumps(list(unchanged)),
         "low_rank": json.dumps({name: list(shape) for name, shape in low_rank.items()}),
+        **({SHARED_INPUT: json.dumps(dict(shared))} if shared else {}),
     }
 
 
@@ -355,6 +264,9 @@ def _open(label: str, header: Header, read_tensor: Callable[[str], Tensor]) -> T
     unchanged = _names(metadata, "unchanged", label)
     low_rank = _low_rank(metadata, label)
     shapes = _layers(header, low_rank, unchanged, label)
+    shared = _shared_input(metadata, label)
+    statistics = open_statistics(header, shared, shapes, label, read_tensor)
+    check_listed(statistics, manifest.statistics, label)
 
     def read(name: str) -> LayerUpdate:
         update: LayerUpdate
@@ -366,7 +278,7 @@ def _open(label: str, header: Header, read_tensor: Callable[[str], Tensor]) -> T
         require_mergeable(update, where=label, layer=name)
         return update
 
-    return TaskVector(tuple(shapes), read, unchanged, manifest, label, shapes)
+    return TaskVector(tuple(shapes), read, unchanged, manifest, label, shapes, statistics)
 
 
 def _known_metadata(metadata: Mapping[str, str], label: str) -> Mapping[str, str]:
@@ -466,6 +378,8 @@ def _layers(
     for part in sorted(header.layout, key=lambda part: header.ranges[part]):
         name, hash_sign, factor = part.partition("#")
         _check_part(name, part, header, label)
+        if statistic_in(part):
+            continue
         if not hash_sign:
             shapes[name] = header.layout[part][0]
         elif hash_sign + factor not in (LEFT, RIGHT) or name not in low_rank:
@@ -510,3 +424,12 @@ def _check_factors(name: str, shape: tuple[int, ...], header: Header, label: str
             got=f"{left} and {right} for {shape}",
             wanted=f"({shape[0]}, R) and (R, {prod(shape[1:])}) with R >= 1",
         )
+
+
+def _shared_input(metadata: Mapping[str, str], label: str) -> dict[str, str]:
+    found = _json(metadata, SHARED_INPUT, label) if SHARED_INPUT in metadata else {}
+    if not isinstance(found, dict) or not all(isinstance(holder, str) for holder in found.values()):
+        raise FileError(
+            f"malformed metadata under {SHARED_INPUT!r}", where=label, wanted="a JSON object of names"
+        )
+    return found

@@ -29,8 +29,12 @@ from fedmerge.common.errors import (
     VersionMismatch,
 )
 from fedmerge.common.header import LENGTH_BYTES, MAX_HEADER_BYTES
+from fedmerge.common.scan import check_rank, scan
 from fedmerge.common.sources import check_vector
+from fedmerge.common.statistics import check_values
 from fedmerge.common.taskvector import LowRank, Manifest, TaskVector, require_mergeable
+from fedmerge.server.merge.rule import Rule
+from fedmerge.server.needs import check_needs
 
 FLOAT32_MAX = 3.4028234663852886e38
 
@@ -43,7 +47,7 @@ MAX_EXAMPLES = 100_000
 MAX_TASK_CHARS = 200
 MAX_STATISTICS = 64
 
-HEADER_BYTES, HEADER_BYTES_PER_LAYER, HEADER_BYTES_PER_CHAR = 2**20, 4096, 40
+HEADER_BYTES, HEADER_BYTES_PER_LAYER, HEADER_BYTES_PER_CHAR = 2**20, 4096, 120
 """Room for a header, more than any writer needs; parsing one takes some twenty times its bytes of memory."""
 
 Count = Annotated[int, Field(ge=1)]
@@ -153,6 +157,7 @@ def admit_update(
     *,
     current_version: int,
     site: str,
+    rules: Iterable[Rule] = (),
 ) -> Admitted:
     """Lets an update in, or raises; cheap checks first, then one pass over the values.
 
@@ -161,12 +166,16 @@ def admit_update(
     Args:
         source: a task vector file, or a task vector.
         current_version: the server's. ``site``: who sent it, as authenticated; messages name it.
+        rules: whose statistics it must bring (``server.needs``). Others that it brings are held to the
+            same checks of form and count as bytes; nothing reads them.
 
     Raises:
         TooLarge: the file, or its header.
         UnsafeFile, FileError: not a well-formed task vector file, or a malformed manifest.
         BaseMismatch, VersionMismatch: made from another base, or from a version that is not let in.
         MissingLayer, UnknownLayer, ShapeMismatch, DtypeMismatch: against the base's layers.
+        StatisticsMissing: a statistic that a rule needs.
+        BadStatistic: a statistic that no data can give.
         BadWeight: an example count that is not a whole number of at least 1.
         NonFinite: NaN, infinities, or a norm so large that sums of such vectors overflow float32.
         NormExceeded: a layer or the whole update is larger than the limits allow.
@@ -177,17 +186,26 @@ def admit_update(
             vector, squares = source, _squares(source)
         else:
             _check_file(source, base, limits, where)
-            vector, squares = vectorfile.load(source), vectorfile.scan(source)
+            vector, squares = vectorfile.load(source), scan(source)
         manifest = vector.manifest
         check_manifest(manifest, base, where)
         check_origin(manifest.origin_version, current_version, limits, where)
         check_vector(vector, base)
+        check_needs(vector, base, rules, where)
         examples = weight(manifest.examples, where=where, cap=limits.max_examples)
         norm = check_norms(squares, norms, limits, where)
     return Admitted(replace(manifest, site=site, examples=examples), norm)
 
 
-def admit(vector: TaskVector, base: Base, norms: BaseNorms, limits: Limits = LIMITS, *, task: str) -> None:
+def admit(
+    vector: TaskVector,
+    base: Base,
+    norms: BaseNorms,
+    limits: Limits = LIMITS,
+    *,
+    task: str,
+    rules: Iterable[Rule] = (),
+) -> None:
     """Lets a vector in that was asked for from the base and for a task; errors as of :func:`admit_update`.
 
     Raises:
@@ -201,6 +219,7 @@ def admit(vector: TaskVector, base: Base, norms: BaseNorms, limits: Limits = LIM
             "a vector for another task", where=where, got=repr(vector.manifest.task), wanted=repr(task)
         )
     check_vector(vector, base)
+    check_needs(vector, base, rules, where)
     check_norms(_squares(vector), norms, limits, where)
 
 
@@ -370,11 +389,13 @@ def _check_file(path: Path, base: Base, limits: Limits, where: str) -> None:
 
 
 def _squares(vector: TaskVector) -> Iterator[tuple[str, float]]:
-    """What :func:`~fedmerge.common.vectorfile.scan` tells of a file, of a vector in memory."""
+    """What :func:`~fedmerge.common.scan.scan` tells of a file, of a vector in memory."""
     for name, update in vector.items():
         if isinstance(update, LowRank):
-            vectorfile.check_rank(update.rank, update.shape, where=vector.label, layer=name)
+            check_rank(update.rank, update.shape, where=vector.label, layer=name)
         require_mergeable(update, where=vector.label, layer=name)
+        for statistic, values in vector.statistics(name).items():
+            check_values(statistic, tuple(values.shape), [values], where=vector.label, layer=name)
         yield name, update.sum_of_squares()
 
 

@@ -156,6 +156,7 @@ class Aggregator:
             self._intake = Intake(
                 base,
                 norms,
+                rule,
                 self.settings.limits,
                 self._ledger,
                 self._library,

@@ -1,16 +1,29 @@
-"""Vectors of the same task from several sites, combined into one before merging."""
+"""Vectors of the same task from several sites, combined into one before merging.
+
+Statistics are means over a site's samples, so those of all sites together are the weighted means of theirs.
+Of an input Gram G = R^T R that is done on the factors: stacked as ``sqrt(share) R`` they are a factor of the
+mean, and only the triangle of its QR decomposition is kept where they have more rows than columns.
+
+Legend of shape suffixes: R rank, N in columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from math import sqrt
 
 import torch
+from torch import Tensor
 
+from fedmerge.common.errors import StatisticsMissing
+from fedmerge.common.statistics import Shape, Statistics, is_factor, statistics_of
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, TaskVector
 
 
-def combine(vectors: Sequence[TaskVector], weights: Sequence[float]) -> TaskVector:
+def combine(
+    vectors: Sequence[TaskVector], weights: Sequence[float], needs: Collection[str] = ()
+) -> TaskVector:
     """``sum_i (w_i / sum w) tau_i``, layer by layer when a layer is read.
 
     Dense layers are summed in float64 and rounded once. If all are low-rank the factors are stacked,
@@ -19,8 +32,13 @@ def combine(vectors: Sequence[TaskVector], weights: Sequence[float]) -> TaskVect
     Args:
         vectors: at least one, of the same base.
         weights: positive, one per vector.
+        needs: the statistics to combine, which every vector must bring; others are left behind. A site where
+            a layer is unchanged tells nothing of that layer, whose statistics are the mean over the others.
+
+    Raises:
+        StatisticsMissing: naming the site's vector, the statistic and, if others bring it, the layer.
     """
-    if len(vectors) == 1:
+    if len(vectors) == 1 and set(vectors[0].manifest.statistics) <= set(needs):
         return vectors[0]
     total = sum(weights)
     shares = [weight / total for weight in weights]
@@ -40,15 +58,23 @@ def combine(vectors: Sequence[TaskVector], weights: Sequence[float]) -> TaskVect
         vectors[0].manifest,
         examples=sum(v.manifest.examples for v in vectors),
         site="+".join(v.manifest.site for v in vectors),
+        statistics=tuple(sorted(needs)),
     )
-    return TaskVector(names, read, unchanged, manifest, "+".join(v.label for v in vectors))
+    statistics = _mean_statistics(vectors, shares, names, needs)
+    label = "+".join(v.label for v in vectors)
+    return TaskVector(names, read, unchanged, manifest, label, statistics=statistics)
 
 
 def add_vectors(first: TaskVector, second: TaskVector) -> TaskVector:
-    """``first + second``: what a task has moved after one more round."""
+    """``first + second``: what a task has moved after one more round, with that round's statistics."""
     whole = combine([first, second], [1.0, 1.0])
     return TaskVector(
-        whole.names, lambda name: whole.read(name).times(2.0), whole.unchanged, second.manifest, second.label
+        whole.names,
+        lambda name: whole.read(name).times(2.0),
+        whole.unchanged,
+        second.manifest,
+        second.label,
+        statistics=second.statistics,
     )
 
 
@@ -60,3 +86,71 @@ def _sum(parts: Sequence[tuple[LayerUpdate, float]]) -> LayerUpdate:
     total = sum(update.to_dense().double() * share for update, share in parts)
     assert isinstance(total, torch.Tensor)
     return Dense(total.float())
+
+
+def _mean_statistics(
+    vectors: Sequence[TaskVector], shares: Sequence[float], layers: Sequence[str], needs: Collection[str]
+) -> Statistics:
+    _require_listed(vectors, needs)
+    told = [statistics_of(vector) for vector in vectors]
+    stored = [frozenset(vector.names) for vector in vectors]
+    at = {layer: [i for i, names in enumerate(stored) if layer in names] for layer in layers}
+    shapes = {
+        layer: _mean_shapes(layer, [(vectors[i].label, told[i]) for i in at[layer]], needs)
+        for layer in layers
+    }
+
+    def read(layer: str) -> Mapping[str, Tensor]:
+        parts = [(told[i](layer), shares[i]) for i in at[layer]]
+        total = sum(share for _, share in parts)
+        return {
+            name: _mean(name, [(found[name], share / total) for found, share in parts])
+            for name in shapes[layer]
+        }
+
+    return Statistics.described(read, shapes, {})
+
+
+def _require_listed(vectors: Sequence[TaskVector], needs: Collection[str]) -> None:
+    for vector in vectors:
+        for name in sorted(set(needs) - set(vector.manifest.statistics)):
+            raise StatisticsMissing(
+                f"no {name} among its statistics",
+                where=vector.label,
+                got=", ".join(vector.manifest.statistics) or "no statistics",
+                do="Let the client measure it when it trains.",
+            )
+
+
+def _mean_shapes(
+    layer: str, told: Sequence[tuple[str, Statistics]], needs: Collection[str]
+) -> dict[str, Shape]:
+    """Shapes of the means of one layer; a statistic that no site has of it is left out."""
+    found: dict[str, Shape] = {}
+    for name in sorted(needs):
+        shapes = [statistics.shapes.get(layer, {}).get(name) for _, statistics in told]
+        if None in shapes and set(shapes) != {None}:
+            where, _ = told[shapes.index(None)]
+            raise StatisticsMissing(
+                f"no {name} of a layer of which other sites bring it", where=where, layer=layer
+            )
+        brought = [shape for shape in shapes if shape is not None]
+        if brought:
+            shape = brought[0]
+            found[name] = _stacked_shape(brought) if is_factor(name, shape) else shape
+    return found
+
+
+def _stacked_shape(shapes: Sequence[Shape]) -> Shape:
+    columns = shapes[0][1]
+    return min(sum(rows for rows, _ in shapes), columns), columns
+
+
+def _mean(name: str, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """The weighted mean of one statistic, computed in float64; the shares add up to 1."""
+    if not is_factor(name, parts[0][0].shape):
+        return torch.stack([values.double() * share for values, share in parts]).sum(dim=0).float()
+    stacked_RN = torch.cat([factor_RN.double() * sqrt(share) for factor_RN, share in parts])
+    if len(stacked_RN) > stacked_RN.shape[1]:
+        stacked_RN = torch.linalg.qr(stacked_RN, mode="r").R
+    return stacked_RN.float()

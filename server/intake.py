@@ -23,6 +23,7 @@ from fedmerge.server.admission import (
     check_size,
     needs_approval,
 )
+from fedmerge.server.merge.rule import Rule
 from fedmerge.server.store.blobs import Blob, Incoming
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Intake:
     """Lets updates in from any thread.
 
     Args:
-        norms: of the base, which updates are measured against.
+        norms: of the base, which updates are measured against. ``rule``: whose statistics they must bring.
         on_staged: called when an update waits to be merged.
     """
 
@@ -80,6 +81,7 @@ class Intake:
         self,
         base: Base,
         norms: BaseNorms,
+        rule: Rule,
         limits: Limits,
         ledger: Ledger,
         library: Library,
@@ -89,7 +91,7 @@ class Intake:
         on_staged: Callable[[], None],
     ) -> None:
         self.metrics = metrics
-        self._base, self._norms, self._limits = base, norms, limits
+        self._base, self._norms, self._rule, self._limits = base, norms, rule, limits
         self._ledger, self._library, self._audit = ledger, library, audit
         self._clock, self._on_staged = clock, on_staged
 
@@ -122,7 +124,13 @@ class Intake:
             self._refuse_copy(blob.sha256, site)
             version = self._ledger.current().number
             admitted = admit_update(
-                incoming.path, self._base, self._norms, self._limits, current_version=version, site=site
+                incoming.path,
+                self._base,
+                self._norms,
+                self._limits,
+                current_version=version,
+                site=site,
+                rules=[self._rule],
             )
             about["task"] = admitted.manifest.task
             self.metrics.took("admit", time.perf_counter() - started)

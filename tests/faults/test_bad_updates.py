@@ -20,6 +20,7 @@ from safetensors.torch import save
 from fedmerge.common.base import Base
 from fedmerge.common.config import validated
 from fedmerge.common.errors import (
+    BadStatistic,
     BadWeight,
     BaseMismatch,
     ConfigError,
@@ -35,8 +36,9 @@ from fedmerge.common.errors import (
     VersionMismatch,
 )
 from fedmerge.common.header import MAX_HEADER_BYTES
+from fedmerge.common.scan import BLOCK_BYTES
 from fedmerge.common.taskvector import Manifest, TaskVector
-from fedmerge.common.vectorfile import BLOCK_BYTES, FORMAT, to_bytes
+from fedmerge.common.vectorfile import FORMAT, to_bytes
 from fedmerge.server.admission import MAX_EXAMPLES, BaseNorms, Limits, admit_update
 
 SIDE = 600
@@ -488,6 +490,94 @@ def test_statistics_without_end_are_refused(refused):
 def test_the_site_is_the_one_that_sent_it_whatever_the_file_says(admit):
     vector = TaskVector.of(LAYERS, (), Manifest(BASE.fingerprint, 0, "triage", "another site", 5))
     assert admit(to_bytes(vector)).manifest == replace(vector.manifest, site="ward-7")
+
+
+# --- statistics ---
+
+MEASURED = {
+    "w#fisher": ones(8, 6),
+    "w#input_gram": ones(2, 6),
+    "b#second_moment": ones(4),
+    "b#input_gram": ones(4),
+}
+ALL_STATISTICS = json.dumps(["input_gram", "fisher", "second_moment"])
+
+
+def with_statistics(changed=None, **told) -> bytes:
+    """The small file with statistics of both layers; ``changed`` replaces parts, None leaves one out."""
+    parts = {**SMALL, **MEASURED, **(changed or {})}
+    kept = {name: values for name, values in parts.items() if values is not None}
+    return small(kept, **{"statistics": ALL_STATISTICS, **told})
+
+
+def test_statistics_are_let_in_in_any_documented_dtype(admit):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        data = with_statistics({name: t.to(dtype) for name, t in MEASURED.items()})
+        assert admit(data).manifest.statistics == ("input_gram", "fisher", "second_moment")
+    assert admit(low_rank({**FACTORS, **MEASURED}, statistics=ALL_STATISTICS)).norm > 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", MEASURED)
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_value_that_is_not_finite_in_a_statistic_is_refused(refused, part, place, value):
+    spoiled = MEASURED[part].clone()
+    spoiled.view(-1)[place] = value
+    refused(NonFinite, with_statistics({part: spoiled}), layer=part[0])
+
+
+SQUARES = [part for part in MEASURED if part != "w#input_gram"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [*((part, value) for part in SQUARES for value in (-1.0, -1e-30)), *((part, 3e38) for part in MEASURED)],
+)
+def test_statistics_that_no_data_give_are_refused(refused, part, value):
+    spoiled = MEASURED[part].clone()
+    spoiled.view(-1)[-1] = value
+    refused(BadStatistic, with_statistics({part: spoiled}), layer=part[0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "told", "error", "layer"),
+    [
+        ({"w#fisher": ones(6, 8)}, {}, ShapeMismatch, "w"),
+        ({"w#input_gram": ones(7, 6)}, {}, ShapeMismatch, "w"),
+        ({"w#input_gram": ones(2, 8)}, {}, ShapeMismatch, "w"),
+        ({"w#input_gram": ones(48)}, {}, ShapeMismatch, "w"),
+        ({"b#input_gram": ones(1, 1)}, {}, ShapeMismatch, "b"),
+        ({"b#second_moment": ones(4, 1)}, {}, ShapeMismatch, "b"),
+        ({"w#fisher": ones(8, 6).bool()}, {}, DtypeMismatch, "w"),
+        ({"w#hessian": ones(8, 6)}, {}, FileError, "w#hessian"),
+        ({"big#fisher": ones(SIDE, SIDE)}, {}, FileError, "big"),
+        ({"head#fisher": ones(2, 2)}, {}, FileError, "head"),
+        ({}, {"statistics": '["input_gram", "fisher"]'}, FileError, "b"),
+        ({}, {"shared_input": '{"b": "w"}'}, FileError, "b"),
+        ({"b#input_gram": None}, {"shared_input": '{"b": "w"}'}, ShapeMismatch, "b"),
+        ({}, {"shared_input": '{"big": "w"}'}, FileError, "big"),
+        ({}, {"shared_input": "[]"}, FileError, None),
+    ],
+    ids=[
+        "transposed",
+        "more rows than columns",
+        "other columns",
+        "elementwise for a matrix",
+        "a factor for a vector",
+        "another shape",
+        "another dtype",
+        "an unknown name",
+        "of a layer called unchanged",
+        "of a layer that is not merged",
+        "not listed",
+        "stored and shared",
+        "shared with another width",
+        "shared by a layer that is not stored",
+        "no object",
+    ],
+)
+def test_statistics_that_do_not_fit_their_layers_are_refused(refused, changed, told, error, layer):
+    refused(error, with_statistics(changed, **told), layer=layer)
 
 
 # --- limits ---

@@ -11,21 +11,23 @@ import re
 import resource
 import struct
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from fedmerge.common import header, vectorfile
+from fedmerge.common import header, scan, sources, statisticparts, vectorfile
 from fedmerge.common.base import Base
 from fedmerge.common.errors import FedmergeError
+from fedmerge.common.statistics import MOST, Statistics
 from fedmerge.common.taskvector import LowRank, Manifest, TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.server import admission
 from fedmerge.server.admission import BaseNorms, Limits, admit_update
 
-KNOWN_SEED = 20260117
+KNOWN_SEED = 20260123
 SEED = int(os.environ.get("FEDMERGE_FUZZ_SEED", KNOWN_SEED))
 PAYLOADS = 10_000
 VERSION = 3
@@ -35,20 +37,28 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-BASE = Base.from_checkpoint({"w": drawn(5, 4), "conv": drawn(3, 2, 2, 2), "b": drawn(5), "e": drawn(6)})
+BASE = Base.from_checkpoint(
+    {"w": drawn(5, 4), "conv": drawn(3, 2, 2, 2), "b": drawn(5), "e": drawn(6), "q": drawn(2, 4)}
+)
 NORMS = BaseNorms.of(BASE)
 LIMITS = Limits(max_staleness=1)
 
 
 def valid() -> list[bytes]:
-    """One file of every kind: dense, low-rank, bfloat16, float64, with layers unchanged."""
+    """One file of every kind: dense, low-rank, bfloat16, float64, with layers unchanged, with statistics."""
     says = Manifest(BASE.fingerprint, 2, "triage", "ward 7", 64, ("gram",))
     dense = {name: 0.5 * BASE.read(name) for name in BASE.merged_layers}
     factors = {
         "w": LowRank(0.5 * drawn(5, 2), 0.5 * drawn(2, 4), (5, 4)),
         "conv": LowRank(0.5 * drawn(3, 1), drawn(1, 8), (3, 2, 2, 2)),
         "b": dense["b"],
+        "q": dense["q"],
     }
+    measured = replace(says, statistics=("input_gram", "fisher", "second_moment"))
+    told_more = [
+        replace(TaskVector.of(dense, (), measured), statistics=statistics()),
+        replace(TaskVector.of(factors, ["e"], measured), statistics=statistics()),
+    ]
     written = to_bytes(TaskVector.of(dense, (), says))
     told = parsed(written)[0]["__metadata__"]
     return [
@@ -56,7 +66,21 @@ def valid() -> list[bytes]:
         to_bytes(TaskVector.of(dense, (), says), torch.bfloat16),
         to_bytes(TaskVector.of(factors, ["e"], says)),
         safetensors.torch.save({name: t.double() for name, t in dense.items()}, told),
+        to_bytes(told_more[0]),
+        to_bytes(told_more[1], torch.bfloat16),
     ]
+
+
+def statistics() -> Statistics:
+    """All there are; ``w`` and ``q`` share a Gram."""
+    held = {
+        name: {"fisher": BASE.read(name).square(), "second_moment": 1e-6 * BASE.read(name).square()}
+        for name in ("w", "conv", "b", "q")
+    }
+    held["w"]["input_gram"] = held["q"]["input_gram"] = drawn(2, 4)
+    held["conv"]["input_gram"] = drawn(3, 8)
+    held["b"]["input_gram"] = drawn(5).square()
+    return Statistics.of(held)
 
 
 def parsed(data: bytes) -> tuple[dict, bytes]:
@@ -71,13 +95,16 @@ def packed(text: bytes, payload: bytes) -> bytes:
 # --- ways to spoil a file ---
 
 JSON = [
-    None, True, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, float("nan"), "", "w", "w#left", "../w", "\0", "x" * 999,
-    "F32", "BF16", "I8", "F31", [], [0], [0, 8], [5, 4], [2**62, 2**62], [-1, 4], {}, {"w": [5, 4]},
+    None, True, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, float("nan"), "", "w", "w#left", "w#fisher", "../w",
+    "\0", "x" * 999, "F32", "BF16", "I8", "F31", [], [0], [0, 8], [5, 4], [2**62, 2**62], [-1, 4], {},
+    {"w": [5, 4]},
 ]  # fmt: skip
 TEXTS = [
     "", "0", "-1", "1e18", "9" * 19, "9" * 20, "[]", '["e"]', '["w"]', '["e","e"]', "{}", '{"w":[5,4]}',
-    '{"b":[5,1]}', "[" * 2000, "nonsense", "\0", "\ud800", "0" * 64, "fedmerge.task_vector/2",
+    '{"b":[5,1]}', '["fisher"]', '{"conv":"w"}', '{"e":"w"}', "[" * 2000,
+    "nonsense", "\0", "\ud800", "0" * 64, "fedmerge.task_vector/2",
 ]  # fmt: skip
+NAMES = ["w", "w#left", "w#fisher", "q#input_gram", "e#fisher", "extra", "../w"]
 NUMBERS = [float("nan"), float("inf"), -float("inf"), 3e38, 1e30, -1e10, 100.0, 1e-45, -0.0]
 DTYPES = [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn]
 
@@ -147,7 +174,7 @@ def json_value(rng: random.Random, data: bytes) -> bytes:
             case 1:
                 del holder[key]
             case 2 if isinstance(holder, dict):
-                holder[rng.choice([*holder, "w", "w#left", "extra", "../w"])] = holder.pop(key)
+                holder[rng.choice([*holder, *NAMES])] = holder.pop(key)
     return packed(json.dumps(found).encode(), payload)
 
 
@@ -163,7 +190,7 @@ def layers(rng: random.Random, data: bytes) -> bytes:
     tensors = safetensors.torch.load(data)
     name = rng.choice(list(tensors))
     tensor = tensors.pop(name)
-    match rng.randrange(5):
+    match rng.randrange(6):
         case 0:
             tensors["extra"] = tensor
         case 1:
@@ -172,6 +199,8 @@ def layers(rng: random.Random, data: bytes) -> bytes:
             tensors[name] = tensor.T.contiguous() if tensor.dim() == 2 else tensor[:1].clone()
         case 3:
             tensors[name] = tensor * rng.choice(NUMBERS)
+        case 4:
+            tensors[name] = tensor.flatten()
     return safetensors.torch.save(tensors, parsed(data)[0]["__metadata__"])
 
 
@@ -243,6 +272,40 @@ def is_lawful(data: bytes, admitted: admission.Admitted) -> bool:
         and int(told["origin_version"]) in (0, 2, 3)
         and 1 <= admitted.examples <= LIMITS.max_examples
         and 1 <= len(told["task"]) <= 200
+        and are_lawful_statistics(tensors, told)
+    )
+
+
+def are_lawful_statistics(tensors: dict[str, torch.Tensor], told: dict[str, str]) -> bool:
+    """Whether every part that is no layer's is a statistic that is listed, fits its layer and can be."""
+    shared = json.loads(told.get("shared_input", "{}"))
+    parts = {part: tensor.float() for part, tensor in tensors.items() if part.partition("#")[2] in STATISTICS}
+    parts |= {f"{name}#input_gram": parts[f"{holder}#input_gram"] for name, holder in shared.items()}
+    return all(is_lawful_statistic(part, parts[part], told) for part in parts) and not any(
+        f"{name}#input_gram" in tensors for name in shared
+    )
+
+
+STATISTICS = ("input_gram", "fisher", "second_moment")
+COLUMNS = {"w": 4, "conv": 8, "q": 4}
+
+
+def is_lawful_statistic(part: str, values: torch.Tensor, told: dict[str, str]) -> bool:
+    name, _, statistic = part.partition("#")
+    is_factor = statistic == "input_gram" and name in COLUMNS
+    fits = (
+        values.dim() == 2 and 1 <= len(values) <= values.shape[1] == COLUMNS[name]
+        if is_factor
+        else values.shape == BASE.layers[name].shape
+    )
+    total = values.double().square().sum() if is_factor else values.double().sum()
+    return (
+        fits
+        and statistic in json.loads(told["statistics"])
+        and name not in json.loads(told["unchanged"])
+        and bool(torch.isfinite(values).all())
+        and (is_factor or bool((values >= 0).all()))
+        and float(total) <= MOST
     )
 
 
@@ -267,24 +330,29 @@ def test_ten_thousand_spoiled_files_are_lawful_or_refused_with_a_typed_error(tmp
     assert outcomes.total() == PAYLOADS
     assert PAYLOADS / 20 < outcomes["admitted"] < PAYLOADS / 2
     reached = {"UnsafeFile", "FileError", "MissingLayer", "UnknownLayer", "ShapeMismatch", "DtypeMismatch"}
-    reached |= {"BaseMismatch", "VersionMismatch", "BadWeight", "NonFinite", "NormExceeded"}
+    reached |= {"BaseMismatch", "VersionMismatch", "BadWeight", "NonFinite", "NormExceeded", "BadStatistic"}
     assert reached <= set(outcomes)
 
 
 GATES = {
-    "metadata are texts": (header, "_metadata", lambda found, _: found),
-    "pairs of factors": (vectorfile, "_check_factors", lambda *_: None),
-    "finite values": (vectorfile, "isfinite", lambda _: True),
-    "layers of the base": (admission, "check_vector", lambda *_: None),
-    "base and task": (admission, "check_manifest", lambda *_: None),
-    "origin": (admission, "check_origin", lambda *_: None),
-    "norms": (admission, "_check_norm", lambda *_: None),
-    "example count": (vectorfile, "WHOLE_NUMBER", re.compile(".*")),
+    "metadata are texts": ((header,), "_metadata", lambda found, _: found),
+    "pairs of factors": ((vectorfile,), "_check_factors", lambda *_: None),
+    "finite values": ((scan,), "isfinite", lambda _: True),
+    "layers of the base": ((admission,), "check_vector", lambda *_: None),
+    "base and task": ((admission,), "check_manifest", lambda *_: None),
+    "origin": ((admission,), "check_origin", lambda *_: None),
+    "norms": ((admission,), "_check_norm", lambda *_: None),
+    "example count": ((vectorfile,), "WHOLE_NUMBER", re.compile(".*")),
+    "statistics that can be": ((scan,), "check_values", lambda *_, **__: None),
+    "statistics that fit": ((statisticparts, sources), "check_shape", lambda *_, **__: None),
+    "statistics that are listed": ((vectorfile, sources), "check_listed", lambda *_: None),
 }
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_the_same_files_find_out_that_a_gate_was_left_out(tmp_path, monkeypatch, gate):
-    monkeypatch.setattr(*GATES[gate])
+    modules, name, left_out = GATES[gate]
+    for module in modules:
+        monkeypatch.setattr(module, name, left_out)
     with pytest.raises(AssertionError, match="FEDMERGE_FUZZ_SEED"):
         fuzz(tmp_path / "incoming.part", PAYLOADS, KNOWN_SEED)

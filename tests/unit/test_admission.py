@@ -11,6 +11,7 @@ from fedmerge.client.tasks import StreamOptions
 from fedmerge.common.base import Base
 from fedmerge.common.config import validated
 from fedmerge.common.errors import (
+    BadStatistic,
     BadWeight,
     BaseMismatch,
     Busy,
@@ -22,12 +23,14 @@ from fedmerge.common.errors import (
     NormExceeded,
     QuotaExceeded,
     ShapeMismatch,
+    StatisticsMissing,
     TooLarge,
     UnknownLayer,
     VersionMismatch,
 )
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.names import check_site_name
+from fedmerge.common.statistics import Statistics
 from fedmerge.common.taskvector import LowRank, Manifest, TaskVector
 from fedmerge.common.vectorfile import from_bytes, save, to_bytes
 from fedmerge.deploy.streams.example import example
@@ -47,6 +50,7 @@ from fedmerge.server.admission import (
     needs_approval,
     weight,
 )
+from fedmerge.server.merge.average import Average
 
 BASE = Base.from_checkpoint(
     {"w": torch.ones(4, 3), "b": torch.ones(4), "head": torch.ones(2, 4)}, {"head": LayerKind.PRIVATE}
@@ -244,6 +248,87 @@ def test_training_from_scratch_is_let_in_with_room_to_spare():
     admit(twice, site.base, norms, task="plain")
 
 
+# --- statistics ---
+
+
+class Grams(Average):
+    name = "grams"
+    needs = frozenset({"input_gram"})
+
+
+class Squares(Average):
+    name = "squares"
+    needs = frozenset({"fisher", "second_moment"})
+
+
+GRAM = {"input_gram": torch.ones(2, 3)}
+FISHER = {"fisher": torch.ones(4, 3), "second_moment": torch.ones(4, 3)}
+HALF = {"w": FISHER, "b": {"fisher": torch.ones(4)}}
+BIAS_FISHER = {"fisher": torch.ones(4), "second_moment": torch.ones(4)}
+EVERYTHING = {"w": {**GRAM, **FISHER}, "b": BIAS_FISHER}
+
+
+def with_statistics(held, listed=("input_gram", "fisher", "second_moment"), **layers) -> TaskVector:
+    brought = vector(replace(SAYS, statistics=listed), **layers)
+    return replace(brought, statistics=Statistics.of(held))
+
+
+def ask(update: TaskVector, *rules) -> None:
+    """As a vector in memory and as a file's."""
+    for each in (update, from_bytes(to_bytes(update), "update of a")):
+        admit(each, BASE, NORMS, task="plain", rules=rules)
+
+
+def test_what_the_rules_need_is_enough_and_more_is_ignored():
+    ask(with_statistics({"w": GRAM}, ("input_gram",)), Grams())
+    ask(with_statistics({"w": FISHER, "b": BIAS_FISHER}, ("fisher", "second_moment")), Squares())
+    ask(with_statistics(EVERYTHING), Grams(), Squares())
+    ask(with_statistics(EVERYTHING))
+    ask(with_statistics(EVERYTHING), Average())
+
+
+def test_an_update_of_no_layers_need_only_list_what_the_rules_need():
+    nothing = with_statistics({}, w=None, b=None, unchanged=["w", "b"])
+    ask(nothing, Grams(), Squares())
+    ask(with_statistics({}, w=None, unchanged=["w"]), Grams())
+    with pytest.raises(StatisticsMissing, match="got no statistics"):
+        ask(with_statistics({}, (), w=None, b=None, unchanged=["w", "b"]), Grams())
+
+
+@pytest.mark.parametrize(
+    ("held", "listed", "rule", "layer", "asks"),
+    [
+        ({}, (), Grams(), None, "grams asks for input_gram: got no statistics"),
+        ({"b": BIAS_FISHER}, ("fisher", "second_moment"), Grams(), None, "input_gram: got fisher, second_m"),
+        ({}, ("input_gram",), Grams(), "w", "grams asks for input_gram"),
+        ({"b": {"input_gram": torch.ones(4)}}, ("input_gram",), Grams(), "w", "input_gram"),
+        ({"w": FISHER}, ("fisher", "second_moment"), Squares(), "b", "squares asks for fisher"),
+        (HALF, ("fisher", "second_moment"), Squares(), "b", "squares asks for second_moment"),
+    ],
+    ids=["none", "another", "listed alone", "of no matrix", "of one layer", "half"],
+)
+def test_a_statistic_that_a_rule_needs_is_missed_by_name(held, listed, rule, layer, asks):
+    with pytest.raises(StatisticsMissing, match=asks) as caught:
+        ask(with_statistics(held, listed), Average(), rule)
+    assert (caught.value.layer, caught.value.where) == (layer, "update of a")
+    assert "Let the client measure it" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("held", "error"),
+    [
+        ({"w": {"fisher": torch.full((4, 3), math.nan)}}, NonFinite),
+        ({"b": {"fisher": -torch.ones(4)}}, BadStatistic),
+        ({"w": {"input_gram": torch.full((1, 3), 1e30)}}, BadStatistic),
+        ({"w": {"fisher": torch.ones(3, 4)}}, ShapeMismatch),
+        ({"w": {"input_gram": torch.ones(12)}}, ShapeMismatch),
+    ],
+)
+def test_statistics_that_no_data_give_are_refused_needed_or_not(held, error):
+    with pytest.raises(error):
+        admit(with_statistics(held), BASE, NORMS, task="plain")
+
+
 # --- updates as files ---
 
 
@@ -289,6 +374,40 @@ def test_an_update_may_be_as_large_as_the_limit_and_no_byte_larger(path):
     admit_update(path, BASE, NORMS, Limits(max_update_bytes=size), current_version=0, site="a")
     with pytest.raises(TooLarge, match=f"got {size} bytes, wanted at most {size - 1}"):
         admit_update(path, BASE, NORMS, Limits(max_update_bytes=size - 1), current_version=0, site="a")
+
+
+def test_statistics_of_a_file_are_asked_for_and_checked_like_a_vectors(path):
+    save(with_statistics(EVERYTHING), path)
+    admitted = admit_update(path, BASE, NORMS, current_version=0, site="ward-7", rules=[Grams(), Squares()])
+    assert admitted.manifest.statistics == ("input_gram", "fisher", "second_moment")
+    assert admitted.norm == 4.0
+    save(vector(), path)
+    with pytest.raises(StatisticsMissing, match=r"^update of ward-7: the server's rule grams asks for"):
+        admit_update(path, BASE, NORMS, current_version=0, site="ward-7", rules=[Grams()])
+
+
+def test_statistics_count_as_bytes_of_the_update(path):
+    bare = save(vector(), path)
+    limits = Limits(max_update_bytes=bare)
+    assert save(with_statistics(EVERYTHING), path) > bare + 4 * (6 + 12 + 12 + 4 + 4)
+    with pytest.raises(TooLarge):
+        admit_update(path, BASE, NORMS, limits, current_version=0, site="a")
+
+
+def test_a_header_of_long_names_and_all_statistics_is_let_in(path):
+    names = [f"{i}" + "\U0001f40d" * 1000 for i in range(40)]
+    base = Base.from_checkpoint({name: torch.ones(2, 2) for name in names})
+    gram = torch.ones(1, 2)
+    held = {
+        name: {"input_gram": gram, "fisher": torch.ones(2, 2), "second_moment": torch.ones(2, 2)}
+        for name in names
+    }
+    says = replace(SAYS, base=base.fingerprint, statistics=("input_gram", "fisher", "second_moment"))
+    made = TaskVector(
+        tuple(names), lambda name: LowRank(torch.ones(2, 1), torch.ones(1, 2), (2, 2)), (), says
+    )
+    save(replace(made, statistics=Statistics.of(held)), path)
+    admit_update(path, base, BaseNorms.of(base), current_version=0, site="a", rules=[Grams(), Squares()])
 
 
 def test_cheap_checks_come_before_the_values_are_read(path, monkeypatch):

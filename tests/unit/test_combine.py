@@ -1,10 +1,14 @@
 """Are vectors of one task combined as their weights say, and exactly where that is possible?"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmerge.common.errors import StatisticsMissing
+from fedmerge.common.statistics import Statistics, statistics_of
 from fedmerge.common.taskvector import Dense, LowRank, Manifest, TaskVector
 from fedmerge.server.combine import add_vectors, combine
 
@@ -113,3 +117,94 @@ def test_added_low_rank_vectors_stay_low_rank_and_exact():
     assert isinstance(total, LowRank)
     assert total.rank == 3
     assert torch.equal(total.to_dense(), values(low_rank(1, 1)) + values(low_rank(2, 2)))
+
+
+# --- statistics ---
+
+NEEDS = ("fisher", "input_gram")
+
+
+def measured(seed: int, rank: int = 2, unchanged=(), **drop) -> TaskVector:
+    """With Fisher information of both layers and a Gram of the matrix; ``drop`` names one by its layer."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    held = {
+        "w": {"fisher": torch.rand(SHAPE, generator=generator)},
+        "b": {"fisher": torch.rand(4, generator=generator)},
+    }
+    held["w"]["input_gram"] = torch.randn(rank, 4, generator=generator)
+    for layer, name in drop.items():
+        del held[layer][name]
+    vector = dense(seed, unchanged=unchanged)
+    brought = {layer: found for layer, found in held.items() if layer not in unchanged}
+    manifest = replace(vector.manifest, statistics=NEEDS)
+    return replace(vector, manifest=manifest, statistics=Statistics.of(brought))
+
+
+def gram(vector: TaskVector) -> torch.Tensor:
+    factor = vector.statistics("w")["input_gram"].double()
+    return factor.T @ factor
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [((1, 2), 3), ((2, 2), 4), ((4, 3), 4), ((4, 4, 4), 4)])
+def test_the_gram_of_all_sites_is_the_weighted_mean_in_at_most_as_many_rows_as_columns(ranks, rows):
+    vectors = [measured(seed, rank) for seed, rank in enumerate(ranks)]
+    weights = [1.0, 3.0, 0.5][: len(vectors)]
+    whole = combine(vectors, weights, NEEDS)
+    wanted = sum(gram(v) * (w / sum(weights)) for v, w in zip(vectors, weights, strict=True))
+    assert torch.allclose(gram(whole), wanted, rtol=0, atol=1e-5)
+    assert whole.statistics("w")["input_gram"].shape == (rows, 4)
+    assert statistics_of(whole).shapes["w"]["input_gram"] == (rows, 4)
+
+
+def test_elementwise_statistics_are_the_weighted_mean_rounded_once():
+    vectors = [measured(1), measured(2)]
+    whole = combine(vectors, [1, 3], NEEDS)
+    for layer in ("w", "b"):
+        one, two = (v.statistics(layer)["fisher"].double() for v in vectors)
+        assert torch.equal(whole.statistics(layer)["fisher"], (0.25 * one + 0.75 * two).float())
+    assert whole.manifest.statistics == NEEDS
+    assert set(whole.statistics("b")) == {"fisher"}
+
+
+def test_two_halves_of_the_samples_give_the_gram_of_all_of_them():
+    samples = torch.randn(40, 4, generator=torch.Generator().manual_seed(5))
+    halves = [(measured(1), samples[:10]), (measured(2), samples[10:])]
+    vectors = []
+    for vector, rows in halves:
+        factor = torch.linalg.qr(rows / len(rows) ** 0.5, mode="r").R
+        vectors.append(replace(vector, statistics=Statistics.of({"w": {"input_gram": factor}})))
+    whole = combine(vectors, [10, 30], ["input_gram"])
+    assert torch.allclose(gram(whole), (samples.T @ samples / 40).double(), atol=1e-6)
+
+
+def test_a_layer_unchanged_at_one_site_has_the_statistics_of_the_others():
+    sites = [measured(1), measured(2, unchanged=["b"]), measured(3)]
+    found = combine(sites, [1, 5, 3], NEEDS).statistics("b")["fisher"]
+    one, _, three = (v.statistics("b").get("fisher", torch.zeros(4)).double() for v in sites)
+    assert torch.allclose(found, (0.25 * one + 0.75 * three).float())
+
+
+def test_a_statistic_that_one_site_does_not_list_is_missed_by_name():
+    with pytest.raises(StatisticsMissing, match="update 2: no fisher among its statistics"):
+        combine([measured(1), dense(2)], [1, 1], NEEDS)
+
+
+@pytest.mark.parametrize(("layer", "name"), [("w", "input_gram"), ("b", "fisher")])
+def test_a_statistic_of_a_layer_that_one_site_leaves_out_is_missed_by_name(layer, name):
+    with pytest.raises(StatisticsMissing, match=f"update 2, layer '{layer}': no {name}"):
+        combine([measured(1), measured(2, **{layer: name})], [1, 1], NEEDS)
+
+
+def test_what_is_not_needed_is_left_behind_even_of_one_site():
+    for vectors in ([measured(1), dense(2)], [measured(1)]):
+        whole = combine(vectors, [1.0] * len(vectors))
+        assert whole.manifest.statistics == ()
+        assert whole.statistics("w") == {}
+    assert torch.equal(values(whole), values(measured(1)))
+
+
+def test_a_later_round_brings_its_own_statistics():
+    total = add_vectors(measured(1), measured(2))
+    assert torch.equal(total.statistics("w")["fisher"], measured(2).statistics("w")["fisher"])
+    assert torch.equal(total.in_memory().statistics("w")["fisher"], measured(2).statistics("w")["fisher"])
+    assert total.manifest.statistics == NEEDS

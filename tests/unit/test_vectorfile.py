@@ -17,6 +17,7 @@ from fedmerge.common.errors import (
     UnsafeFile,
     VersionMismatch,
 )
+from fedmerge.common.scan import scan
 from fedmerge.common.taskvector import Dense, LowRank, Manifest, TaskVector
 
 MANIFEST = Manifest("ab" * 32, 3, 'têxt "a"', "hospital-2", 1200, ("gram", "second \\ moments"))
@@ -278,7 +279,7 @@ def written(tmp_path, data: bytes):
 
 def test_scan_gives_the_squared_norm_of_every_layer_in_order(tmp_path):
     path = written(tmp_path, vectorfile.to_bytes(vector()))
-    found = dict(vectorfile.scan(path, BLOCK))
+    found = dict(scan(path, BLOCK))
     assert list(found) == list(vectorfile.load(path).names)
     for name, update in vector().items():
         assert found[name] == pytest.approx(update.to_dense().double().square().sum().item(), rel=1e-5)
@@ -289,32 +290,32 @@ def test_scan_gives_the_squared_norm_of_every_layer_in_order(tmp_path):
 def test_scan_takes_every_float_type_whatever_the_block(tmp_path, dtype, block):
     values = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
     path = written(tmp_path, file_of({"w": values}))
-    ((name, square),) = vectorfile.scan(path, block)
+    ((name, square),) = scan(path, block)
     assert name == "w"
     assert square == pytest.approx(float(values.float().double().square().sum()), rel=1e-12)
 
 
 def test_scan_squares_values_whose_squares_overflow_float32(tmp_path):
     path = written(tmp_path, file_of({"w": torch.full((5,), 1e30)}))
-    assert dict(vectorfile.scan(path))["w"] == pytest.approx(5e60, rel=1e-6)
+    assert dict(scan(path))["w"] == pytest.approx(5e60, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(40, 3, 30), (3, 40, 30), (5, 60, 5), (1, 2000, 1)])
 def test_scan_measures_a_product_of_any_rank_that_it_takes(tmp_path, shape, monkeypatch):
-    monkeypatch.setattr(vectorfile, "BLOCK_BYTES", BLOCK)
-    monkeypatch.setattr(vectorfile, "GRAM_RANK", 2000)
+    monkeypatch.setattr("fedmerge.common.scan.BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr("fedmerge.common.scan.GRAM_RANK", 2000)
     rows, rank, columns = shape
     factors = LowRank(torch.randn(rows, rank), torch.randn(rank, columns), (rows, columns))
     path = written(tmp_path, vectorfile.to_bytes(TaskVector.of({"w": factors})))
     wanted = (factors.left_MR.double() @ factors.right_RN.double()).square().sum()
-    assert dict(vectorfile.scan(path))["w"] == pytest.approx(float(wanted), rel=1e-9)
+    assert dict(scan(path))["w"] == pytest.approx(float(wanted), rel=1e-9)
 
 
 def test_scan_refuses_a_rank_that_no_layer_can_have(tmp_path):
     tensors = {"w#left": torch.ones(2, 2000), "w#right": torch.ones(2000, 3)}
     path = written(tmp_path, file_of(tensors, {"w": [2, 3]}))
     with pytest.raises(ShapeMismatch, match=r"layer 'w': .* got rank 2000, wanted at most 1024"):
-        list(vectorfile.scan(path))
+        list(scan(path))
 
 
 SPOILED = {
@@ -336,7 +337,7 @@ def test_scan_refuses_what_reading_refuses_in_the_same_words(tmp_path, spoiled, 
     with pytest.raises(NonFinite) as reading:
         vectorfile.load(path).read("v")
     with pytest.raises(NonFinite) as scanning:
-        list(vectorfile.scan(path, BLOCK))
+        list(scan(path, BLOCK))
     assert (scanning.value.what, scanning.value.where, scanning.value.layer) == (
         reading.value.what,
         reading.value.where,
@@ -355,18 +356,18 @@ def test_scan_refuses_what_reading_refuses_in_the_same_words(tmp_path, spoiled, 
 def test_scan_refuses_what_overflows_float32_when_read(tmp_path, tensors, low_rank):
     path = written(tmp_path, file_of(tensors, low_rank))
     with pytest.raises(NonFinite, match="layer 'w'"):
-        list(vectorfile.scan(path))
+        list(scan(path))
 
 
 def test_scan_refuses_a_header_that_safetensors_would_refuse_later(tmp_path):
     half_a_pair = file_of(site="@@@@@@").replace(b"@@@@@@", rb"\ud800")
     with pytest.raises(UnsafeFile, match="half a surrogate pair"):
-        list(vectorfile.scan(written(tmp_path, half_a_pair)))
+        list(scan(written(tmp_path, half_a_pair)))
 
 
 def test_scan_of_a_file_that_shrinks_meanwhile_is_a_typed_error(tmp_path):
     path = written(tmp_path, file_of({"v": torch.ones(50), "w": torch.ones(50)}))
-    found = vectorfile.scan(path, BLOCK)
+    found = scan(path, BLOCK)
     next(found)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 100)
