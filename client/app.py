@@ -206,9 +206,13 @@ def _learned(
         origin=origin,
         device=config.device,
         on_step=_progress(label, job.task),
+        needs=job.needs,
     )
     started = time.perf_counter()
     scores = site.score([task], device=config.device)
+    if job.needs:
+        found = ", ".join(vector.manifest.statistics)
+        logger.info("%s measured %s on %s: %d bytes", label, found, job.task, wire.statistics_bytes(vector))
     return vector, {
         "num-examples": report.examples,
         "train-loss": report.mean_loss,

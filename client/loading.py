@@ -10,6 +10,8 @@ from fedmerge.common.lookup import FORMS, find_function
 
 BUILT_IN = {
     "text": "fedmerge.deploy.streams.text:text",
+    "text-hard": "fedmerge.deploy.streams.text_hard:text_hard",
+    "vision": "fedmerge.deploy.streams.vision:vision",
     "example": "fedmerge.deploy.streams.example:example",
 }
 
@@ -40,3 +42,19 @@ def load_stream(spec: str, options: StreamOptions) -> Stream:
             "task names repeat", where=where, got=", ".join(map(repr, repeated)), wanted="each once"
         )
     return stream
+
+
+def first_tasks(stream: Stream, count: int | None) -> tuple[str, ...]:
+    """The names of a stream's first tasks; of all if ``count`` is None.
+
+    Raises:
+        ConfigError: the stream has fewer.
+    """
+    if count is not None and count > len(stream.tasks):
+        raise ConfigError(
+            "more tasks than the stream has",
+            where=f"stream {stream.name!r}",
+            got=count,
+            wanted=f"at most {len(stream.tasks)}",
+        )
+    return stream.tasks[:count]

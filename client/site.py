@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from fedmerge.client.loading import load_stream
 from fedmerge.client.sharing import share
+from fedmerge.client.statistics import Measured, check_needs, measure, second_moments
 from fedmerge.client.tasks import Stream, StreamOptions, Task
 from fedmerge.client.training import OnStep, TrainingReport, fine_tune, score
 from fedmerge.common.base import Base
 from fedmerge.common.checkpoint import Checkpoint
 from fedmerge.common.score import Score
+from fedmerge.common.statistics import Statistic, Statistics
 from fedmerge.common.taskvector import Manifest, TaskVector
 
 
@@ -43,20 +46,58 @@ class Site:
         origin: TaskVector | None = None,
         device: str = "auto",
         on_step: OnStep | None = None,
+        needs: Collection[str] = (),
     ) -> tuple[TaskVector, TrainingReport]:
         """Fine-tunes from the base plus ``origin`` and returns what moved.
 
         The vector is measured from where training started, and is zero by declaration where the
         stream freezes parameters.
+
+        Args:
+            needs: names of statistics that come with the vector, of every layer that it stores.
+
+        Raises:
+            ConfigError: a statistic that is not known, or a number in the stream's settings out of range.
+            NonFinite: training diverged, or statistics came out NaN or infinite.
         """
-        started = self._start(origin)
-        report = fine_tune(self.model, task, self.stream.training, seed, on_step, device)
+        check_needs(needs)
+        started, moments = self._start(origin), dict[str, Tensor]()
+
+        def keep_moments(optimizer: AdamW) -> None:
+            if Statistic.SECOND_MOMENT in needs:
+                moments.update(second_moments(self.model, optimizer))
+
+        report = fine_tune(self.model, task, self.stream.training, seed, on_step, device, keep_moments)
         manifest = Manifest(self.base.fingerprint, 0, task.name, site, report.examples)
         tuned = Checkpoint.of(self.model.state_dict(), f"fine-tuned {task.name}")
         vector = TaskVector.from_checkpoints(
             started, tuned, manifest=manifest, frozen=self.stream.training.frozen, private=self.stream.private
         )
-        return vector.in_memory(), report
+        vector = vector.in_memory()
+        if needs:
+            measured = self._measured(task, needs, vector.names, moments, seed, device)
+            manifest = replace(vector.manifest, statistics=tuple(sorted(set(needs))))
+            vector = replace(vector, manifest=manifest, statistics=Statistics.of(measured))
+        return vector, report
+
+    def _measured(
+        self,
+        task: Task,
+        needs: Collection[str],
+        names: Iterable[str],
+        moments: Mapping[str, Tensor],
+        seed: int,
+        device: str,
+    ) -> Measured:
+        """The statistics of these layers at the weights the model has now; ``moments`` are AdamW's."""
+        layers = {name: self.base.layers[name] for name in names}
+        found: Measured = {name: {} for name in layers}
+        if set(needs) - {Statistic.SECOND_MOMENT}:
+            found = measure(self.model, task, needs, layers, self.stream.training, seed=seed, device=device)
+        if Statistic.SECOND_MOMENT in needs:
+            for name, layer in layers.items():
+                found[name][Statistic.SECOND_MOMENT] = moments.get(name, torch.zeros(layer.shape))
+        return found
 
     def score(
         self, tasks: Iterable[Task], merged: TaskVector | None = None, device: str = "auto"

@@ -28,6 +28,10 @@ class TrainingConfig:
         learning_rate: peak rate; ``weight_decay``: AdamW's.
         max_grad_norm: gradient clipping over all parameters as if concatenated; 0 switches it off.
         frozen: shell-style patterns of parameters that are not trained and not sent.
+        statistics_examples: training examples that statistics are measured on, where a merge rule needs
+            them; all if there are fewer. At least 1.
+        gram_energy: share of the trace that an input Gram keeps when it is sent as a factor of low rank,
+            above 0 and at most 1.
     """
 
     steps: int = 40
@@ -37,6 +41,8 @@ class TrainingConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     frozen: tuple[str, ...] = ()
+    statistics_examples: int = 64
+    gram_energy: float = 0.9999
 
 
 @dataclass(frozen=True)

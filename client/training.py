@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, default_collate
 
-from fedmerge.client.tasks import Batch, Task, TrainingConfig, length
+from fedmerge.client.running import batch_of, left_as_found, place_of, seeded
+from fedmerge.client.tasks import Task, TrainingConfig, length
 from fedmerge.common.errors import ConfigError, NonFinite
 from fedmerge.common.layers import matches
 from fedmerge.common.score import Score
 
 OnStep = Callable[[int, int, float], None]
 """Called after every step with the step (from 1), the number of steps and the step's loss."""
+OnFinish = Callable[[AdamW], None]
+"""Called after the last step with the optimizer, whose state is dropped afterwards."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def fine_tune(
     seed: int,
     on_step: OnStep | None = None,
     device: str = "auto",
+    on_finish: OnFinish | None = None,
 ) -> TrainingReport:
     """Trains ``model`` on ``task`` in place.
 
@@ -63,6 +64,7 @@ def fine_tune(
         seed: of the order of the examples and of dropout.
         on_step: progress; see :data:`OnStep`.
         device: ``auto`` (CUDA if there is one, else CPU) or a torch device.
+        on_finish: what to keep of the optimizer; see :data:`OnFinish`.
 
     Raises:
         ConfigError: the task has no training examples, a number in ``config`` is out of range, or
@@ -70,13 +72,15 @@ def fine_tune(
         NonFinite: the loss or the gradients became NaN or infinite.
     """
     _check_training(task, config)
-    place = torch.device(_pick(device))
-    with _left_as_found(model), _seeded(seed, place):
+    place = place_of(device)
+    with left_as_found(model), seeded(seed, place):
         model.to(place).train()
-        trained = _freeze(model, config)
+        optimizer = AdamW(_freeze(model, config), lr=config.learning_rate, weight_decay=config.weight_decay)
         started = time.perf_counter()
-        losses = _train(model, trained, task, config, seed, on_step, place)
+        losses = _train(model, optimizer, task, config, seed, on_step, place)
         seconds = time.perf_counter() - started
+        if on_finish is not None:
+            on_finish(optimizer)
     return TrainingReport(
         len(losses), length(task.train), losses[-1], math.fsum(losses) / len(losses), seconds
     )
@@ -97,12 +101,12 @@ def score(model: nn.Module, task: Task, batch_size: int = 64, device: str = "aut
         raise ConfigError("no test examples", where=f"task {task.name!r}", wanted="at least 1")
     if batch_size < 1:
         raise ConfigError("batch_size out of range", got=batch_size, wanted="at least 1")
-    place = torch.device(_pick(device))
-    with _left_as_found(model):
+    place = place_of(device)
+    with left_as_found(model):
         model.to(place).eval()
         total = 0.0
         for start in range(0, examples, batch_size):
-            batch = _batch(task, task.test, range(start, min(start + batch_size, examples)), place)
+            batch = batch_of(task, task.test, range(start, min(start + batch_size, examples)), place)
             total += float(task.metric(model, batch).double().sum())
     return Score(total / examples, examples)
 
@@ -117,19 +121,19 @@ def rate_factor(step: int, steps: int) -> float:
 
 def _train(
     model: nn.Module,
-    trained: list[nn.Parameter],
+    optimizer: AdamW,
     task: Task,
     config: TrainingConfig,
     seed: int,
     on_step: OnStep | None,
     place: torch.device,
 ) -> list[float]:
-    optimizer = AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    trained = optimizer.param_groups[0]["params"]
     schedule = LambdaLR(optimizer, lambda step: rate_factor(step, config.steps))
     batches = _shuffled_batches(length(task.train), config.batch_size, seed)
     losses: list[float] = []
     for step in range(1, config.steps + 1):
-        loss = task.loss(model, _batch(task, task.train, next(batches), place))
+        loss = task.loss(model, batch_of(task, task.train, next(batches), place))
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise _diverged("loss", task, step, config)
@@ -157,23 +161,6 @@ def _shuffled_batches(examples: int, batch_size: int, seed: int) -> Iterator[lis
         waiting = waiting[size:]
 
 
-def _batch(task: Task, rows: Dataset[Any], indices: Iterable[int], place: torch.device) -> Batch:
-    collate = task.collate or default_collate
-    return _moved(collate([rows[i] for i in indices]), place)
-
-
-def _moved(batch: Batch, place: torch.device) -> Batch:
-    """The batch with every tensor in it on ``place``; other leaves as they are."""
-    if isinstance(batch, Tensor):
-        return batch.to(place)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, place) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        moved = [_moved(value, place) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
-
-
 def _freeze(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter]:
     """Switches gradients off for frozen parameters; returns those still trained."""
     for name, parameter in model.named_parameters():
@@ -183,38 +170,6 @@ def _freeze(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter]:
     if not trained:
         raise ConfigError("nothing left to train", got=f"frozen = {config.frozen}", do="Freeze less.")
     return trained
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Restores gradient switches, training modes and the device; drops gradients made inside."""
-    switches = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    place = switches[0][0].device if switches else torch.device("cpu")
-    try:
-        yield
-    finally:
-        for parameter, wanted in switches:
-            parameter.requires_grad_(wanted)
-            parameter.grad = None
-        for module, training in modes:
-            module.training = training
-        model.to(place)
-
-
-@contextmanager
-def _seeded(seed: int, place: torch.device) -> Iterator[None]:
-    """torch's global generators seeded inside, and as they were outside."""
-    cuda = [place.index or 0] if place.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        yield
-
-
-def _pick(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_training(task: Task, config: TrainingConfig) -> None:

@@ -8,8 +8,8 @@ message               server sends                                 site replies
 ``query.hello``       software version; in serving mode also       software version, site, base, tasks; in
                       what became of the site's updates            serving mode also which version it
                                                                    holds and which updates wait there
-``train``             task, origin version, round, seed, part      task vector or, if it is large, its
-                                                                   manifest; examples, accuracy, seconds
+``train``             task, origin version, round, seed, part,     task vector or, if it is large, its
+                      statistics that the rules need               manifest; examples, accuracy, seconds
 ``evaluate``          tasks, merged vector of every rule           accuracy and examples by rule and task
 ``query.publish``     a version's merged vector or, if it is       the version it holds now, ranges it
                       large, its manifest; tasks to score          lacks; accuracy and examples by task
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import prod
 from typing import Any, ClassVar, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -35,6 +36,7 @@ from fedmerge.common.errors import MismatchError, VersionMismatch
 from fedmerge.common.ranges import MAX_MESSAGE_BYTES, RANGE_BYTES, RangeManifest
 from fedmerge.common.records import Dtype
 from fedmerge.common.score import Score
+from fedmerge.common.statistics import Statistic, statistics_of
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import from_bytes
 
@@ -52,6 +54,9 @@ MERGED = "merged."
 MANIFEST, RANGE = "manifest", "range"
 PUBLISHED = "merged"
 """What scores of a published version are filed under, in place of a rule's name."""
+
+FLOAT_BYTES = 4
+"""Of a number in a vector or a statistic."""
 
 EXACT = ConfigDict(extra="forbid")
 """A job of another version, with fields this one does not know, is refused."""
@@ -112,6 +117,7 @@ class TrainJob:
         part, parts: which share of the task's rows this site holds; ``partition``: how they are dealt.
         keep: whether the site keeps the result until it is told that the server has it.
         message_bytes: a larger result is kept and told by its manifest, in ranges of ``range_bytes``.
+        needs: statistics to send with the vector, by their names, sorted.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = EXACT
@@ -127,6 +133,7 @@ class TrainJob:
     keep: bool = False
     message_bytes: int = MAX_MESSAGE_BYTES
     range_bytes: int = RANGE_BYTES
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -298,6 +305,18 @@ def check_version(theirs: str, ours: str, *, where: str) -> None:
             wanted=ours,
             do="Install the same version on the server and on every site.",
         )
+
+
+def statistics_bytes(vector: TaskVector) -> int:
+    """Payload bytes of a vector's statistics as they are sent: a Gram that layers share counts once."""
+    statistics = statistics_of(vector)
+    shared = statistics.shared_among(vector.names)
+    return FLOAT_BYTES * sum(
+        prod(shape)
+        for layer in vector.names
+        for name, shape in statistics.shapes.get(layer, {}).items()
+        if not (name == Statistic.INPUT_GRAM and layer in shared)
+    )
 
 
 def bytes_in(content: RecordDict) -> int:

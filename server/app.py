@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -168,8 +168,9 @@ def _serve(
     journal = Journal(run.out / "history.jsonl", _log)
     poll_seconds = SIMULATION_POLL_SECONDS if isinstance(grid, InMemoryGrid) else POLL_SECONDS
     try:
-        with _service(grid, run, rules, engines, config, bounds) as (service, base):
-            Serving(grid, base, service, settings, journal, run.out / "serving", poll_seconds).run()
+        with _service(grid, run, rules, engines, config, bounds) as (service, base, needs):
+            folder = run.out / "serving"
+            Serving(grid, base, service, settings, journal, folder, poll_seconds, needs=needs).run()
     finally:
         journal.close()
 
@@ -182,17 +183,18 @@ def _service(
     engines: EngineConfig,
     config: ServiceConfig,
     bounds: Mapping[str, Any],
-) -> Iterator[tuple[AggregationService, str]]:
-    """The aggregation service and the fingerprint of its base."""
+) -> Iterator[tuple[AggregationService, str, Collection[str]]]:
+    """The aggregation service, the fingerprint of its base, and the statistics that its rule needs."""
     if config.aggregator is not None:
         with _remote(config.aggregator, config) as remote:
-            yield remote, remote.status().base
+            status = remote.status()
+            yield remote, status.base, make_rule(status.rule, status.options).needs
         return
     if len(rules) != 1:
         raise ConfigError("a server merges under one rule", got=run.rule, wanted="one name under 'rule'")
     base = open_base(run.base, listed(run.private))
     with _embedded(config.state or run.out / "state", grid, base, rules[0], engines, bounds) as embedded:
-        yield embedded, base.fingerprint
+        yield embedded, base.fingerprint, rules[0].needs
 
 
 @contextmanager

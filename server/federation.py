@@ -22,7 +22,7 @@ from fedmerge import __version__
 from fedmerge.common import wire
 from fedmerge.common.base import Base
 from fedmerge.common.config import Partition
-from fedmerge.common.errors import BaseMismatch, ConfigError, FedmergeError
+from fedmerge.common.errors import BaseMismatch, ConfigError, FedmergeError, StatisticsMissing
 from fedmerge.common.score import Score, pooled
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
@@ -112,7 +112,8 @@ class _Evaluate:
 class Federation:
     """Runs tasks over the sites of a grid and merges what they learn, under one or more rules.
 
-    Every rule merges the same vectors; fine-tuning is done once.
+    Every rule merges the same vectors; fine-tuning is done once. Statistics that any of the rules needs
+    are asked for in a task's last round, at the weights that are merged.
 
     Args:
         grid: Flower's.
@@ -147,6 +148,7 @@ class Federation:
         self._unscored: dict[int, int] = {}
         self.scores: dict[tuple[str, int, str], list[Score]] = {}
         self.fine_tuned: dict[str, list[Score]] = {}
+        self._needs = tuple(sorted({need for m in models.values() for need in m.engine.rule.needs}))
 
     def run(self) -> None:
         """Runs until every task has been merged or has failed and every score has come in.
@@ -277,8 +279,13 @@ class Federation:
                 run.part_of(site.node),
                 len(run.sites),
                 self.config.partition,
+                needs=self._needs if self._asks(run) else (),
             )
             self._send(site.node, wire.TRAIN, _Train(index, run.round), partial(_train_content, job, origin))
+
+    def _asks(self, run: TaskRun) -> bool:
+        """Whether the statistics that the rules need come with the round that a task is in."""
+        return run.round == self.config.rounds
 
     def _receive(self, reply: Reply, key: _Train) -> None:
         """One site's answer to a training request: admitted, refused or missing."""
@@ -298,7 +305,8 @@ class Federation:
     def _admit(self, run: TaskRun, node: int, label: str, content: RecordDict, seconds: float) -> None:
         where = f"update of {label}"
         vector = wire.unpack_vector(content, wire.VECTOR, where=where)
-        admit(vector, self.base, self._norms, self._limits, task=run.task)
+        rules = [model.engine.rule for model in self.models.values()] if self._asks(run) else []
+        admit(vector, self.base, self._norms, self._limits, task=run.task, rules=rules)
         metrics: Mapping[str, object] = content.metric_records.get(wire.METRICS, {})
         examples = weight(metrics.get("num-examples"), where=where, cap=self.config.max_examples)
         # What is recorded and merged is what was admitted, not what the site claims in its file.
@@ -314,6 +322,7 @@ class Federation:
             round=run.round,
             examples=examples,
             bytes_up=wire.bytes_in(content),
+            statistics_bytes=wire.statistics_bytes(vector),
             seconds=round(seconds, 3),
             train_seconds=_number(metrics.get("train-seconds")),
             score_seconds=_number(metrics.get("score-seconds")),
@@ -323,17 +332,29 @@ class Federation:
     def _close_round(self, index: int) -> None:
         run = self.runs[index]
         if run.arrived:
-            ordered = [run.arrived[site.node] for site in run.sites if site.node in run.arrived]
-            step = combine([vector for vector, _ in ordered], [examples for _, examples in ordered])
-            run.moved = step if run.moved is None else add_vectors(run.moved, step).in_memory()
-            run.taught |= set(run.arrived)
-            run.learned_by = [site.label for site in run.sites if site.node in run.taught]
+            try:
+                self._add_round(run)
+            except StatisticsMissing as error:
+                self._fail("", run.task, "combine", str(error))
+                run.moved = None
             if run.round < self.config.rounds:
                 run.round += 1
                 self._start_round(index)
                 return
+        elif run.moved is not None and self._needs:
+            self._fail("", run.task, "merge", "its last round brought no statistics, which a rule needs")
+            run.moved = None
         run.closed, run.arrived = True, {}
         self._merge_in_order()
+
+    def _add_round(self, run: TaskRun) -> None:
+        """What the sites of a round have learned, on top of the rounds before."""
+        ordered = [run.arrived[site.node] for site in run.sites if site.node in run.arrived]
+        needs = self._needs if self._asks(run) else ()
+        step = combine([vector for vector, _ in ordered], [count for _, count in ordered], needs)
+        run.moved = step if run.moved is None else add_vectors(run.moved, step).in_memory()
+        run.taught |= set(run.arrived)
+        run.learned_by = [site.label for site in run.sites if site.node in run.taught]
 
     # --- versions ---
 

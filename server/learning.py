@@ -80,6 +80,7 @@ class Learning:
     Args:
         base: fingerprint of the pretrained model.
         on_verdict: called with a site's name when there is something to tell it.
+        needs: statistics that sites are to send along, because the service's rule needs them.
 
     Attributes:
         verdicts: by site's name, only where there are any.
@@ -95,10 +96,11 @@ class Learning:
         base: str,
         clock: Callable[[], float],
         on_verdict: Callable[[str], None],
+        needs: Collection[str] = (),
     ) -> None:
         self._mailbox, self._backing, self._inbox = mailbox, backing, inbox
         self._settings, self._history, self._base, self._clock = settings, history, base, clock
-        self._on_verdict = on_verdict
+        self._on_verdict, self._needs = on_verdict, tuple(sorted(needs))
         self._tries: dict[tuple[str, str], Tries] = {}
         self._handing_in: dict[tuple[str, str], Tries] = {}
         self._downloads: dict[tuple[str, str], _Download] = {}
@@ -136,6 +138,7 @@ class Learning:
             keep=True,
             message_bytes=self._settings.max_message_bytes,
             range_bytes=self._settings.range_bytes,
+            needs=self._needs,
         )
         content = RecordDict({wire.JOB: wire.pack_job(job)})
         peer.published_last = False

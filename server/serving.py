@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ class Serving:
         history: receives every event; a ``Journal`` does not keep them in memory.
         folder: for what has arrived and for versions on their way out; one server at a time.
         clock: seconds, monotonic; replaced in tests.
+        needs: statistics that the service's rule needs of every site.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Serving:
         folder: Path,
         poll_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
+        needs: Collection[str] = (),
     ) -> None:
         self.base, self.settings, self.history = base_fingerprint, settings, history
         self._poll_seconds, self._clock = poll_seconds, clock
@@ -92,6 +94,7 @@ class Serving:
             base_fingerprint,
             clock,
             self._make_hello_due,
+            needs,
         )
         self._publishing = Publishing(
             self._mailbox, self._backing, settings, history, folder / "published", base_fingerprint, clock

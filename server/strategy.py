@@ -11,6 +11,9 @@ the order of the tasks' names. Clients keep what they send now, the trained weig
 ``arrays``, or send only what moved as ``task-vector``. They always start from the base: that is what the
 rules' papers measure task vectors from. ``result.arrays`` is the global model.
 
+A rule that needs statistics names them under ``needs`` in the config of a round; only clients that send
+``task-vector`` as the bytes of our file, as fedmerge's own ClientApp does, can bring them.
+
 ``Strategy.start`` waits for all replies of a round; fedmerge's own ServerApp does not.
 """
 
@@ -31,7 +34,7 @@ from torch import Tensor
 from fedmerge.common import wire
 from fedmerge.common.base import Base
 from fedmerge.common.checkpoint import Checkpoint
-from fedmerge.common.errors import BadWeight, ConfigError, FedmergeError, FileError
+from fedmerge.common.errors import BadWeight, ConfigError, FedmergeError, FileError, StatisticsMissing
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.server.admission import LIMITS, MAX_EXAMPLES, BaseNorms, Limits, admit, weight
@@ -45,7 +48,7 @@ from fedmerge.server.model import GlobalModel
 
 logger = logging.getLogger("fedmerge.server")
 
-TASK_KEY = "task"
+TASK_KEY, NEEDS_KEY = "task", "needs"
 
 UNREADABLE = (TypeError, ValueError, RuntimeError, OSError, EOFError, SyntaxError, MemoryError, TokenError)
 """What NumPy and torch raise over bytes that are not an array of numbers."""
@@ -98,9 +101,9 @@ class ContinualMerging(Strategy):
         if self.model is None:
             self._register(arrays)
         assert self._origin is not None
-        content = RecordDict(
-            {"arrays": self._origin, "config": ConfigRecord({**config, "server-round": server_round})}
-        )
+        needs = {NEEDS_KEY: sorted(self.rule.needs)} if self.rule.needs else {}
+        told = ConfigRecord({**config, **needs, "server-round": server_round})
+        content = RecordDict({"arrays": self._origin, "config": told})
         return [Message(content, node, MessageType.TRAIN) for node in self._nodes(grid)]
 
     def aggregate_train(
@@ -123,14 +126,13 @@ class ContinualMerging(Strategy):
                 logger.warning("round %d: %s", server_round, error)
                 continue
             tasks.setdefault(vector.manifest.task, []).append((vector, examples))
-        if not tasks:
+        merged = [task for task in sorted(tasks) if self._merged(task, tasks[task], server_round)]
+        if not merged:
             return None, None
-        for task in sorted(tasks):
-            self._merge(task, tasks[task], server_round)
         last = self._model.versions[-1]
         metrics = MetricRecord(
             {
-                "tasks-merged": len(tasks),
+                "tasks-merged": len(merged),
                 "replies-left-out": refused,
                 "lambda-t": last.lambda_t,
                 "update-norm": last.update_norm,
@@ -207,7 +209,7 @@ class ContinualMerging(Strategy):
         metrics = next(iter(reply.content.metric_records.values()), MetricRecord())
         examples = weight(metrics.get("num-examples"), where=where, cap=self._max_examples)
         vector = self._vector(reply.content, Manifest(base.fingerprint, 0, named, where, examples), where)
-        admit(vector, base, self._norms, self._limits, task=named)
+        admit(vector, base, self._norms, self._limits, task=named, rules=[self.rule])
         return vector, examples
 
     def _vector(self, content: RecordDict, manifest: Manifest, where: str) -> TaskVector:
@@ -231,8 +233,19 @@ class ContinualMerging(Strategy):
         tuned = Checkpoint.of(_tensors(trained, where), where)
         return TaskVector.from_checkpoints(base, tuned, manifest=manifest, private=self._private)
 
+    def _merged(self, task: str, arrived: Sequence[tuple[TaskVector, int]], server_round: int) -> bool:
+        """Merges a task; one whose sites do not bring the same statistics is recorded and left out."""
+        try:
+            self._merge(task, arrived, server_round)
+        except StatisticsMissing as error:
+            self.history.record("failed", task=task, round=server_round, reason=str(error))
+            logger.warning("round %d: %s", server_round, error)
+            return False
+        return True
+
     def _merge(self, task: str, arrived: Sequence[tuple[TaskVector, int]], server_round: int) -> None:
-        vector = combine([vector for vector, _ in arrived], [examples for _, examples in arrived])
+        vectors, weights = zip(*arrived, strict=True)
+        vector = combine(vectors, weights, self.rule.needs)
         sites = [vector.manifest.site for vector, _ in arrived]
         version = self._model.merge(vector, sites)
         self._model.prepare()

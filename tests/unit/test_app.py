@@ -125,7 +125,7 @@ def test_an_embedded_aggregator_takes_in_what_sites_learn_and_versions_come_back
 
 def test_a_server_with_an_address_keeps_nothing_of_its_own(tmp_path, steps, monkeypatch):
     service, asked = FakeService(base().fingerprint), []
-    service.status = lambda: SimpleNamespace(base=base().fingerprint)
+    service.status = lambda: SimpleNamespace(base=base().fingerprint, rule="opcm", options={"alpha": 0.4})
 
     @contextmanager
     def remote(address, credentials, *, site, patience):

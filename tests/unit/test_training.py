@@ -140,6 +140,27 @@ def test_progress_is_told_after_every_step():
     assert told == [(step, 20) for step in range(1, 21)]
 
 
+def test_the_optimizer_is_handed_out_once_after_the_last_step():
+    steps: list[int] = []
+    model = network()
+    fine_tune(
+        model,
+        task(),
+        CONFIG,
+        0,
+        on_finish=lambda optimizer: steps.extend(int(s["step"]) for s in optimizer.state.values()),
+    )
+    assert steps == [20] * len(list(model.parameters()))
+
+
+def test_gradients_are_handed_back_as_they_were():
+    model = network()
+    model[0].weight.grad = torch.ones(8, 4)
+    fine_tune(model, task(), CONFIG, seed=0)
+    assert torch.equal(model[0].weight.grad, torch.ones(8, 4))
+    assert [p.grad is None for p in model.parameters()] == [False, True, True, True]
+
+
 def test_loss_that_is_not_finite_is_refused_and_the_model_handed_back_as_it_was():
     model = network().eval()
     before = weights(model)

@@ -1,0 +1,160 @@
+"""What a site measures of its fine-tuned model because a merge rule needs it.
+
+Input Grams and Fisher information come from one pass over a few training examples, in evaluation mode, one
+example at a time. So no padding between examples of different length is counted (padding to a fixed length
+is), and gradients are those of single examples. A pass costs one forward step per example, and for Fisher
+information a backward step as well: with 64 examples about what four training steps of 16 cost, or twice
+that where small batches are slow. The Grams are then factorised, see :mod:`fedmerge.client.grams`.
+
+AdamW's second moments cost nothing: they are what its state holds after the last step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from fedmerge.client.grams import InputGrams
+from fedmerge.client.running import batch_of, left_as_found, place_of, seeded
+from fedmerge.client.tasks import Task, TrainingConfig, length
+from fedmerge.common.errors import ConfigError, NonFinite
+from fedmerge.common.layers import LayerSpec
+from fedmerge.common.statistics import Statistic
+from fedmerge.common.taskvector import require_finite
+
+Measured = dict[str, dict[str, Tensor]]
+"""Statistics by layer, then by name; float32, on the CPU."""
+
+
+def check_needs(needs: Iterable[str]) -> None:
+    """Refuses a statistic that no site knows how to measure.
+
+    Raises:
+        ConfigError: naming it, and those there are.
+    """
+    unknown = sorted(set(needs) - set(Statistic))
+    if unknown:
+        raise ConfigError(
+            "a statistic that this site cannot measure", got=", ".join(unknown), wanted=" or ".join(Statistic)
+        )
+
+
+def measure(
+    model: nn.Module,
+    task: Task,
+    wanted: Iterable[str],
+    layers: Mapping[str, LayerSpec],
+    config: TrainingConfig,
+    *,
+    seed: int,
+    device: str = "auto",
+) -> Measured:
+    """Input Grams and Fisher information at the weights that ``model`` has.
+
+    - ``input_gram``: of the layers that have one, see :mod:`fedmerge.client.grams`; layers with one input
+      share one tensor. The mean is over input rows: over tokens or positions, not over examples.
+    - ``fisher``: of every layer, the mean over examples of the squared gradient of that example's loss;
+      zeros where the loss does not depend on a layer, and for buffers.
+
+    The model is left as it was: hooks, gradients, switches, modes, device and torch's generators.
+
+    Args:
+        wanted: which of the two.
+        layers: those to measure, by name.
+        config: its ``statistics_examples`` and ``gram_energy``. ``seed``: of the draw of examples.
+        device: ``auto`` (CUDA if there is one, else CPU) or a torch device.
+
+    Raises:
+        ConfigError: the task has no training examples, or a number in ``config`` is out of range.
+        NonFinite: an input, a loss or a squared gradient is NaN or infinite.
+    """
+    _check(task, config)
+    wanted, where = frozenset(wanted), f"statistics of task {task.name!r}"
+    place = place_of(device)
+    grams = InputGrams(model, layers, where)
+    with left_as_found(model), seeded(seed, place):
+        model.to(place).eval()
+        fisher = _Fisher(model, layers, where) if Statistic.FISHER in wanted else None
+        with grams.watching() if Statistic.INPUT_GRAM in wanted else nullcontext():
+            for row in _drawn(length(task.train), config.statistics_examples, seed):
+                with torch.set_grad_enabled(fisher is not None):
+                    loss = task.loss(model, batch_of(task, task.train, [row], place))
+                if not math.isfinite(float(loss.detach())):
+                    raise NonFinite("the loss of an example is not finite", where=where)
+                if fisher is not None:
+                    fisher.add(loss)
+                grams.end_of_pass()
+    found: Measured = {name: {} for name in layers}
+    for name, factor in grams.means(config.gram_energy).items():
+        found[name][Statistic.INPUT_GRAM] = factor
+    for name, values in fisher.means().items() if fisher is not None else ():
+        found[name][Statistic.FISHER] = values
+    return found
+
+
+def second_moments(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """AdamW's ``exp_avg_sq`` by parameter's name: of the gradients as they were clipped, without bias
+    correction. Parameters that were not trained have none."""
+    return {
+        name: optimizer.state[parameter]["exp_avg_sq"].detach().float().cpu()
+        for name, parameter in model.named_parameters()
+        if optimizer.state.get(parameter)
+    }
+
+
+class _Fisher:
+    """Sums squared gradients of single examples' losses; the other parameters get no gradients."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, LayerSpec], where: str) -> None:
+        self._layers, self._where, self._examples = layers, where, 0
+        self._parameters = {name: p for name, p in model.named_parameters() if name in layers}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in layers)
+        self._totals = {
+            name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+            for name, p in self._parameters.items()
+        }
+
+    def add(self, loss: Tensor) -> None:
+        self._examples += 1
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, tuple(self._parameters.values()), allow_unused=True)
+            for total, gradient in zip(self._totals.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += gradient.float().square()
+
+    def means(self) -> dict[str, Tensor]:
+        found = {}
+        for name, layer in self._layers.items():
+            total = self._totals.get(name, torch.zeros(layer.shape))
+            found[name] = (total / self._examples).cpu()
+            require_finite(found[name], where=self._where, layer=name)
+        return found
+
+
+def _drawn(rows: int, examples: int, seed: int) -> list[int]:
+    """Different row numbers, drawn by seed; all of them if there are no more."""
+    order: list[int] = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[:examples]
+
+
+def _check(task: Task, config: TrainingConfig) -> None:
+    where = f"task {task.name!r}"
+    if not length(task.train):
+        raise ConfigError("no training examples", where=where, wanted="at least 1")
+    if config.statistics_examples < 1:
+        raise ConfigError(
+            "statistics_examples out of range",
+            where=where,
+            got=config.statistics_examples,
+            wanted="at least 1",
+        )
+    if not 0 < config.gram_energy <= 1:
+        raise ConfigError(
+            "gram_energy out of range", where=where, got=config.gram_energy, wanted="above 0 and at most 1"
+        )
