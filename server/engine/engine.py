@@ -9,7 +9,7 @@ numbers that cross layers are summed exactly.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedmerge.common.errors import EngineError, FactorisationFailed, UnknownLayer
 from fedmerge.common.layers import LayerSpec
-from fedmerge.common.taskvector import Dense, TaskVector
+from fedmerge.common.taskvector import Dense, TaskVector, no_statistics
 from fedmerge.server.merge.rule import Context, LayerSums, Rule, State, Totals, tensors_of
 from fedmerge.server.merge.spectrum import LinAlgError
 
@@ -111,7 +111,7 @@ class Engine(ABC):
         for name in update.names:
             if name not in self.layers:
                 raise UnknownLayer("not a layer of this engine", where=update.label, layer=name)
-        step = Step(update, removing, self.totals.merges)
+        step = Step(with_needed(update, self.rule.needs), removing, self.totals.merges)
         if self.rule.measures:
             step = replace(step, measured=self._measure(step))
         found = self._absorb(step, on_layer)
@@ -243,6 +243,18 @@ class Engine(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def with_needed(update: TaskVector, needs: frozenset[str]) -> TaskVector:
+    """The update with those statistics alone that a rule needs."""
+    if not needs:
+        return replace(update, statistics=no_statistics)
+    measured = update.statistics
+
+    def statistics(name: str) -> Mapping[str, Tensor]:
+        return {key: tensor for key, tensor in measured(name).items() if key in needs}
+
+    return replace(update, statistics=statistics)
 
 
 def seed_of(update: TaskVector, layer: str) -> int:

@@ -96,7 +96,7 @@ class LocalEngine(Engine):
         return list(self._pool.map(self._measure_layer, step.update.names, repeat(step)))
 
     def _measure_layer(self, name: str, step: Step) -> Tensor:
-        return self._shard.measure(name, step.update.read(name))
+        return self._shard.measure(name, step.update.read(name), step.context(name))
 
     def _settle(self, names: Iterable[str], totals: Totals, *, pending: bool) -> None:
         if self.rule.heavy:

@@ -69,8 +69,8 @@ class ShardActor:
         torch.backends.cuda.matmul.allow_tf32 = False
         self._shard = Shard(rule, layers, "cuda" if ray.get_gpu_ids() else "cpu")
 
-    def measure(self, name: str, arrays: Arrays) -> Any:
-        return self._shard.measure(name, self._update(name, arrays)).numpy()
+    def measure(self, name: str, arrays: Arrays, facts: Facts) -> Any:
+        return self._shard.measure(name, self._update(name, arrays), _context(facts)).numpy()
 
     def absorb(self, name: str, arrays: Arrays, removing: bool, facts: Facts) -> LayerSums:
         return self._shard.absorb(name, self._update(name, arrays), removing, _context(facts))
@@ -473,19 +473,21 @@ def _gpus_per_actor(actors: int) -> float:
 
 def _absorb(place: _Place, name: str, step: Step) -> Any:
     """Sends one layer of a step to its actor; returns the reference to its sums."""
-    context = step.context(name)
-    measured = None if context.measured is None else context.measured.numpy()
-    statistics = {key: tensor.contiguous().numpy() for key, tensor in context.statistics.items()}
-    facts: Facts = (context.merges, statistics, context.seed, measured)
-    return place.actor.absorb.remote(name, _arrays(name, step), step.removing, facts)
+    return place.actor.absorb.remote(name, _arrays(name, step), step.removing, _facts(step.context(name)))
 
 
 def _measure(place: _Place, name: str, step: Step) -> Any:
-    return place.actor.measure.remote(name, _arrays(name, step))
+    return place.actor.measure.remote(name, _arrays(name, step), _facts(step.context(name)))
 
 
 def _arrays(name: str, step: Step) -> Arrays:
     return tuple(tensor.contiguous().numpy() for tensor in step.update.read(name).tensors())
+
+
+def _facts(context: Context) -> Facts:
+    measured = None if context.measured is None else context.measured.numpy()
+    statistics = {key: tensor.contiguous().numpy() for key, tensor in context.statistics.items()}
+    return context.merges, statistics, context.seed, measured
 
 
 def _context(facts: Facts) -> Context:

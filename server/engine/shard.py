@@ -34,9 +34,10 @@ class Shard:
         self._pending: dict[str, tuple[State, float]] = {}
         self._read_out: dict[tuple[str, bool], tuple[Totals, Tensor]] = {}
 
-    def measure(self, name: str, update: LayerUpdate) -> Tensor:
+    def measure(self, name: str, update: LayerUpdate, context: Context = ALONE) -> Tensor:
         """What the rule measures of one layer before any is absorbed, on the CPU."""
-        return self.rule.measure(self._state(name), self._placed(_laid_out(update))).cpu()
+        update, context = self._placed(_laid_out(update)), self._context(context)
+        return self.rule.measure(self._state(name), update, context).cpu()
 
     def absorb(
         self, name: str, update: LayerUpdate, removing: bool = False, context: Context = ALONE
@@ -89,7 +90,7 @@ class Shard:
         found = self._read_out.get((name, pending))
         if found is None or found[0] != totals:
             found = self._read_out[name, pending] = totals, self._read(name, totals, pending)
-        return found[1]
+        return found[1].clone()
 
     def state(self, name: str) -> State:
         """A touched layer's state with its tensors on the CPU."""

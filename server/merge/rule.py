@@ -158,8 +158,12 @@ class Rule(BaseModel, ABC):
         """What absorbing needs that depends on the state alone; None when nothing does."""
         return None
 
-    def measure(self, state: Any, update: LayerUpdate) -> Tensor:
-        """What is summed over an update's layers and then given to each as ``measured``; float64, (K,)."""
+    def measure(self, state: Any, update: LayerUpdate, context: Context = ALONE) -> Tensor:
+        """What is summed over an update's layers and then given to each as ``measured``; float64, (K,).
+
+        Args:
+            context: as for :meth:`absorb`, but nothing is ``measured`` yet.
+        """
         raise NotImplementedError(f"{self.name} measures nothing")
 
     @abstractmethod

@@ -96,7 +96,12 @@ class Fold:
     def _measured(self, arrival: Arrival) -> Tensor | None:
         if not self.rule.measures:
             return None
-        parts = [self.rule.measure(self.states[x.name], arrival[x.name]) for x in self.layers]
+        parts = [
+            self.rule.measure(
+                self.states[x.name], arrival[x.name], arrival.context(self.rule, x, self.totals.merges)
+            )
+            for x in self.layers
+        ]
         return sum(parts[1:], start=parts[0])
 
     def _absorb(self, layer: LayerSpec, arrival: Arrival, measured: Tensor | None) -> LayerSums:
