@@ -5,17 +5,21 @@ under float32 rounding. The route is an eigendecomposition of the smaller Gram m
 cheaper than an SVD; what squaring loses, the weak directions, is recovered by a second, small
 eigendecomposition in their own span.
 
-Legend: M out rows, N in columns, K numerical rank.
+Legend: M out rows, N in columns, K numerical rank, R rank of an update.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
 import torch
 from torch import Tensor
+
+from fedmerge.common.taskvector import LayerUpdate, LowRank
+from fedmerge.server.merge.elementwise import values_of
 
 logger = logging.getLogger("fedmerge.server")
 
@@ -67,6 +71,16 @@ def spectrum_of(matrix_MN: Tensor) -> Spectrum:
     return Spectrum(left[:, :rank], values[:rank], right[:rank])
 
 
+def spectrum_of_update(update: LayerUpdate, shape: Sequence[int]) -> Spectrum:
+    """Singular directions of a task vector as an (M, N) matrix; of factors by way of their R x R core."""
+    if not isinstance(update, LowRank) or update.rank >= min(shape):
+        return spectrum_of(values_of(update, shape))
+    left_MR, upper_RR = torch.linalg.qr(update.left_MR.double())
+    right_NR, lower_RR = torch.linalg.qr(update.right_RN.double().T)
+    core = spectrum_of(upper_RR @ lower_RR.T)
+    return Spectrum(left_MR @ core.left_MK, core.values_K, core.right_KN @ right_NR.T)
+
+
 def rounding_floor(matrix_MN: Tensor) -> float:
     """Largest singular value that float32 rounding of the entries alone may produce.
 
@@ -94,7 +108,7 @@ def split_of(values_K: Tensor, alpha: float) -> int:
 
 def _rows_first(wide_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (M x M), s, V^T (M x N) of a float64 matrix with M <= N; rows of V^T at s = 0 are zero."""
-    left = _eigenvectors(_lower_gram(wide_MN))
+    left = _eigenvectors(lower_gram(wide_MN))
     projected = left.T @ wide_MN
     values = torch.linalg.vector_norm(projected, dim=1)
     weak = values < WEAK * values.max().clamp_min(torch.finfo(torch.float64).tiny)
@@ -109,7 +123,7 @@ def _rows_first(wide_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left[:, order], values, right
 
 
-def _lower_gram(wide_MN: Tensor) -> Tensor:
+def lower_gram(wide_MN: Tensor) -> Tensor:
     """``S S^T`` on and below the diagonal blocks; above them zeros, which ``eigh`` does not read."""
     gram_MM = wide_MN.new_zeros(wide_MN.shape[0], wide_MN.shape[0])
     for start in range(0, wide_MN.shape[0], GRAM_BLOCK):
