@@ -13,64 +13,27 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from hashlib import blake2b
 from math import sqrt
 from pathlib import Path
-from statistics import median
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.layers import LayerKind, LayerSpec
-from fedmerge.common.machine import cores
-from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, TaskVector
 from fedmerge.deploy.bench.published import Diagonal, PublishedOpcm
 from fedmerge.deploy.bench.shapes import layers_of
+from fedmerge.deploy.bench.workload import Machine, Seconds, Workload, matrices, progress_bar
 from fedmerge.server.engine.engine import ALLOCATOR, Engine
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge.opcm import Opcm
 
-BASE_DEVIATION = 0.02
-UPDATE_DEVIATION = 0.001
-"""Standard deviations of the base's weights and of what a task adds to them."""
-
 MEMORY_TASKS = (8, 32)
-
-
-class Seconds(BaseModel):
-    """Wall time of one step, over ``samples`` steps."""
-
-    model_config = ConfigDict(frozen=True)
-
-    median: float
-    min: float
-    max: float
-    samples: int
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Seconds:
-        return cls(median=median(samples), min=min(samples), max=max(samples), samples=len(samples))
-
-
-class Machine(BaseModel):
-    """Where it ran. The load averages show whether others used the machine meanwhile."""
-
-    model_config = ConfigDict(frozen=True)
-
-    processor: str
-    cores: int
-    torch_version: str
-    published_threads: int
-    load_before: float
-    load_after: float
 
 
 class OpcmBench(BaseModel):
@@ -112,51 +75,6 @@ class OpcmBench(BaseModel):
     peak_memory_ratio: float
     allocator: dict[str, str] = ALLOCATOR
     machine: Machine
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Made-up weights: a Gaussian base, and per task a Gaussian of full rank or a LoRA product.
-
-    Every layer of every task has its own seed, so any of them can be made again, alone.
-    """
-
-    layers: tuple[LayerSpec, ...]
-    lora: int | None = None
-    seed: int = 0
-
-    def base(self) -> dict[str, Tensor]:
-        return {
-            layer.name: torch.randn(layer.shape, generator=self._generator("base", layer)) * BASE_DEVIATION
-            for layer in self.layers
-        }
-
-    def update(self, task: int, layer: LayerSpec) -> LayerUpdate:
-        """One layer of a task vector; with LoRA, factors for matrices."""
-        generator = self._generator(f"task {task}", layer)
-        if self.lora is None or layer.kind is not LayerKind.MATRIX:
-            return Dense(torch.randn(layer.shape, generator=generator) * UPDATE_DEVIATION)
-        rows, columns = layer.matrix_shape
-        left = torch.randn(rows, self.lora, generator=generator) * (UPDATE_DEVIATION / sqrt(self.lora))
-        return LowRank(left, torch.randn(self.lora, columns, generator=generator), layer.shape)
-
-    def vector(self, task: int) -> TaskVector:
-        """A task vector that is made layer by layer as it is read; LoRA leaves vector layers alone."""
-        brought = {layer.name: layer for layer in self.layers if self._brought(layer)}
-        unchanged = tuple(layer.name for layer in self.layers if layer.name not in brought)
-        return TaskVector(tuple(brought), lambda name: self.update(task, brought[name]), unchanged)
-
-    def tuned(self, task: int, base: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The fine-tuned weights that the published step gets; a LoRA product is formed in ``dtype``."""
-        changed = {name: base[name].to(dtype) + _dense(u, dtype) for name, u in self.vector(task).items()}
-        return {name: changed.get(name, weight.to(dtype)) for name, weight in base.items()}
-
-    def _brought(self, layer: LayerSpec) -> bool:
-        return self.lora is None or layer.kind is LayerKind.MATRIX
-
-    def _generator(self, what: str, layer: LayerSpec) -> torch.Generator:
-        digest = blake2b(f"{self.seed} {what} {layer.name}".encode(), digest_size=7).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def bench_opcm(
@@ -201,7 +119,7 @@ def bench_opcm(
     compared, weights = _compared(work, parameters < 20e6 if whole_distance is None else whole_distance)
     load_before, threads = os.getloadavg()[0], torch.get_num_threads()
     steps = repeats * tasks + published_steps + 1 + tasks + 1
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         job = progress.add_task("", total=steps)
 
         def bar(what: str) -> None:
@@ -236,14 +154,7 @@ def bench_opcm(
         yardstick=f"published step in float64, diagonal {_diagonal(lora).replace('_', ' ')}",
         peak_memory_bytes=memory,
         peak_memory_ratio=memory[max(memory)] / memory[min(memory)],
-        machine=Machine(
-            processor=_processor(),
-            cores=cores(),
-            torch_version=torch.__version__,
-            published_threads=threads,
-            load_before=load_before,
-            load_after=os.getloadavg()[0],
-        ),
+        machine=Machine.now(threads, load_before),
     )
 
 
@@ -287,7 +198,7 @@ def print_bench(result: OpcmBench, console: Console) -> None:
 
 def _time_published(work: Workload, steps: int, bar: Callable[[str], None]) -> list[float]:
     base = work.base()
-    model = PublishedOpcm(base, _matrices(work.layers))
+    model = PublishedOpcm(base, matrices(work.layers))
     seconds = []
     for task in range(steps + 1):
         tuned = work.tuned(task, base, torch.float32)
@@ -335,9 +246,9 @@ def _distances(
     work: Workload, weights: dict[str, int], tasks: int, bar: Callable[[str], None]
 ) -> tuple[float, float]:
     """Relative distance of the published float32 run and of ours to the float64 run."""
-    base, matrices, diagonal = work.base(), _matrices(work.layers), _diagonal(work.lora)
-    published = PublishedOpcm(base, matrices)
-    exact = PublishedOpcm(base, matrices, diagonal=diagonal, dtype=torch.float64)
+    base, linear, diagonal = work.base(), matrices(work.layers), _diagonal(work.lora)
+    published = PublishedOpcm(base, linear)
+    exact = PublishedOpcm(base, linear, diagonal=diagonal, dtype=torch.float64)
     with LocalEngine(Opcm(), work.layers) as engine:
         for task in range(tasks):
             engine.merge(work.vector(task))
@@ -426,16 +337,6 @@ def _diagonal(lora: int | None) -> Diagonal:
     return "cleared" if lora is None else "cleared_within_rank"
 
 
-def _matrices(layers: Iterable[LayerSpec]) -> list[str]:
-    return [layer.name for layer in layers if layer.kind is LayerKind.MATRIX]
-
-
-def _dense(update: LayerUpdate, dtype: torch.dtype) -> Tensor:
-    if isinstance(update, LowRank):
-        return (update.left_MR.to(dtype) @ update.right_RN.to(dtype)).reshape(update.shape)
-    return update.values.to(dtype)
-
-
 def _size(layer: LayerSpec) -> int:
     rows, columns = layer.matrix_shape
     return rows * columns
@@ -443,13 +344,3 @@ def _size(layer: LayerSpec) -> int:
 
 def _times(seconds: Seconds) -> Iterator[str]:
     return (f"{value:.3g}" for value in (seconds.median, seconds.min, seconds.max))
-
-
-def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else "unknown processor"
-
-
-def _progress(console: Console | None) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=console is None, transient=True)

@@ -37,8 +37,8 @@ from fedmerge.common.messages import CHUNK_BYTES, FRAME_BYTES
 from fedmerge.common.remote import RemoteAggregator
 from fedmerge.common.taskvector import Manifest
 from fedmerge.common.writing import write_checkpoint
-from fedmerge.deploy.bench.opcm import Workload
 from fedmerge.deploy.bench.shapes import layers_of
+from fedmerge.deploy.bench.workload import Workload
 from fedmerge.deploy.progress import bars
 from fedmerge.server.aggregator import Aggregator
 from fedmerge.server.engine.local import LocalEngine

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.layers import LayerKind
-from fedmerge.deploy.bench.opcm import OpcmBench, Workload, bench_opcm, print_bench
+from fedmerge.deploy.bench.opcm import OpcmBench, bench_opcm, print_bench
 from fedmerge.deploy.bench.shapes import SHAPES, layers_of
+from fedmerge.deploy.bench.workload import Workload
 
 FIELDS = {
     *("shape", "layers", "parameters", "vectors", "engine", "workers", "tasks", "repeats", "seed", "alpha"),
