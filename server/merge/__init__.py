@@ -7,12 +7,36 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from fedmerge.common.errors import ConfigError
+from fedmerge.server.merge.ace import Ace
 from fedmerge.server.merge.average import Average
+from fedmerge.server.merge.dare import Dare
+from fedmerge.server.merge.dop import Dop
+from fedmerge.server.merge.fisher import Fisher
+from fedmerge.server.merge.holistic import Holistic
+from fedmerge.server.merge.iso_c import IsoC
+from fedmerge.server.merge.lore import Lore
+from fedmerge.server.merge.lot import Lot
+from fedmerge.server.merge.magmax import MagMax
+from fedmerge.server.merge.nufilt import Nufilt
+from fedmerge.server.merge.null_space import NullSpace
 from fedmerge.server.merge.opcm import Opcm
+from fedmerge.server.merge.perturb_and_merge import PerturbAndMerge
+from fedmerge.server.merge.regmean import RegMean
 from fedmerge.server.merge.rule import Rule
+from fedmerge.server.merge.svc import Svc
 from fedmerge.server.merge.task_arithmetic import TaskArithmetic
+from fedmerge.server.merge.ties import Ties
+from fedmerge.server.merge.tsv_m import TsvM
+from fedmerge.server.merge.wudi import Wudi
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Opcm, Average, TaskArithmetic)}
+ELEMENTWISE = (Average, TaskArithmetic, Ties, Dare, MagMax, Lore)
+SPECTRAL = (IsoC, TsvM, Svc, Wudi, Ace)
+SEQUENTIAL = (Opcm, NullSpace, Nufilt, Dop)
+WITH_STATISTICS = (Fisher, RegMean, Lot, PerturbAndMerge, Holistic)
+
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (*SEQUENTIAL, *SPECTRAL, *ELEMENTWISE, *WITH_STATISTICS)
+}
 
 
 def make_rule(name: str, options: Mapping[str, object] | None = None) -> Rule:
