@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -239,6 +240,29 @@ def bench_opcm_command(
         print_bench(result, console)
 
 
+@bench.command("rules")
+def bench_rules_command(
+    rule: Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")] = "all",
+    settings: Settings = None,
+    shape: Annotated[str, typer.Option(help="minilm, vit-b-32 or tiny.")] = "minilm",
+    lora: Annotated[
+        int | None, typer.Option(min=1, help="Vectors of this rank instead of full-rank ones.")
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=2, help="Arrivals per rule; the first is not counted.")] = 4,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What one arrival costs with every rule, in multiples of OPCM's, and what each rule keeps."""
+    from fedmerge.deploy.bench.rules import bench_rules, print_rules
+
+    rules = parse_rules(rule, settings or [])
+    result = bench_rules(rules, shape, lora, tasks=tasks, seed=seed, console=errors if as_json else console)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        print_rules(result, console)
+
+
 @bench.command("transport")
 def bench_transport_command(
     shape: Annotated[str, typer.Option(help="vit-b-32 (350 MB), minilm or tiny.")] = "vit-b-32",
@@ -286,14 +310,15 @@ def bench_load_command(
 
 
 def parse_rules(names: str, settings: list[str], one: bool = False) -> list[Any]:
-    """Rules from ``--rule a,b`` and ``--set [RULE.]OPTION=VALUE``.
+    """Rules from ``--rule a,b``, where ``all`` stands for every one, and ``--set [RULE.]OPTION=VALUE``.
 
     Raises:
         ConfigError: an unknown rule or option, a value out of range, or a setting of no chosen rule.
     """
-    from fedmerge.server.merge import make_rule
+    from fedmerge.server.merge import RULES, make_rule
 
-    chosen = list(dict.fromkeys(listed(names)))
+    named = (RULES if name == "all" else (name,) for name in listed(names))
+    chosen = list(dict.fromkeys(chain.from_iterable(named)))
     if not chosen or (one and len(chosen) > 1):
         raise ConfigError("name one rule" if one else "name at least one rule", got=repr(names))
     options: dict[str, dict[str, object]] = {name: {} for name in chosen}

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedmerge.client.loading import load_stream
+from fedmerge.client.loading import first_tasks, load_stream
 from fedmerge.client.tasks import Stream, StreamOptions
 from fedmerge.common.base import Base
 from fedmerge.common.config import Partition
@@ -90,7 +90,7 @@ def simulate(config: SimulationConfig, rules: Sequence[Rule], out: Path, progres
     started, clock = datetime.now(UTC), time.perf_counter()
     config = config.model_copy(update={"stream": _absolute(config.stream)})
     stream = load_stream(config.stream, StreamOptions(config.seed, config.rows))
-    tasks = _chosen(stream, config.tasks)
+    tasks = first_tasks(stream, config.tasks)
     stream.prepare()
     base = Base.from_model(stream.build_model(), stream.private)
     layout = FederationConfig(
@@ -109,11 +109,11 @@ def simulate(config: SimulationConfig, rules: Sequence[Rule], out: Path, progres
     scorings = (len(tasks) + 1) * min(config.sites, len(tasks) * config.sites_per_task)
     try:
         with progress.run(tasks, trainings, scorings):
-            federation = _run_in_flower(config, base, rules, layout, history, out)
+            federation, states = _run_in_flower(config, base, rules, layout, history, out)
     finally:
         history.save(out / "history.jsonl")
     total = time.perf_counter() - clock
-    results = _results(config, stream, rules, federation, started, {"set-up": set_up, "total": total})
+    results = _results(config, stream, rules, federation, states, started, {"set-up": set_up, "total": total})
     save(results, out)
     return results
 
@@ -125,8 +125,12 @@ def _run_in_flower(
     layout: FederationConfig,
     history: History,
     out: Path,
-) -> Federation:
-    """The ServerApp and ClientApps in Flower's simulation engine, on a Ray that we start."""
+) -> tuple[Federation, dict[str, int]]:
+    """The ServerApp and ClientApps in Flower's simulation engine, on a Ray that we start.
+
+    Returns:
+        the federation, and the bytes that each rule keeps at its end.
+    """
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
     from flwr.simulation import run_simulation
@@ -137,13 +141,14 @@ def _run_in_flower(
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what fails at a site is in the history
     workers = config.workers or cores()
     start_ray(num_cpus=workers)
-    finished: list[Federation] = []
+    finished: list[tuple[Federation, dict[str, int]]] = []
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         def keep(federation: Federation) -> None:
-            finished.append(federation)
+            states = {name: model.engine.state_bytes() for name, model in federation.models.items()}
+            finished.append((federation, states))
             if config.save_merged:
                 save_merged(federation, out)
 
@@ -161,6 +166,7 @@ def _results(
     stream: Stream,
     rules: Sequence[Rule],
     federation: Federation,
+    states: Mapping[str, int],
     started: datetime,
     seconds: dict[str, float],
 ) -> Results:
@@ -175,7 +181,7 @@ def _results(
     def measured(rule: Rule) -> RuleResults:
         matrix = [[accuracy(rule.name, number, task) for task in tasks] for number in versions]
         rows = [_merge_row(event) for event in history.of("merged") if event["rule"] == rule.name]
-        return RuleResults.measured(tasks, matrix, rows, rule.model_dump())
+        return RuleResults.measured(tasks, matrix, rows, rule.model_dump(), rule.needs, states[rule.name])
 
     fine_tuned = {task: pooled(federation.fine_tuned.get(task, [])) for task in tasks}
     zero_shot = {task: federation.score("base", 0, task) for task in tasks}
@@ -222,6 +228,9 @@ def _traffic(federation: Federation) -> list[SiteTraffic]:
                 event["bytes_down"] for event in history.of("sent") if event["site"] == site.label
             ),
             failures=sum(event["site"] == site.label for event in history.of("failed")),
+            statistics_bytes=sum(
+                event["statistics_bytes"] for event in history.of("trained") if event["site"] == site.label
+            ),
         )
         for site in sorted(federation.sites.values(), key=lambda site: site.label)
     ]
@@ -235,17 +244,6 @@ def _phases(history: History) -> dict[str, float]:
         "scoring": sum(event["score_seconds"] or 0.0 for event in scored),
         "merging": sum(event["absorb_seconds"] + event["read_seconds"] for event in history.of("merged")),
     }
-
-
-def _chosen(stream: Stream, count: int | None) -> tuple[str, ...]:
-    if count is not None and count > len(stream.tasks):
-        raise ConfigError(
-            "more tasks than the stream has",
-            where=f"stream {stream.name!r}",
-            got=count,
-            wanted=f"at most {len(stream.tasks)}",
-        )
-    return stream.tasks[:count]
 
 
 def _absolute(spec: str) -> str:

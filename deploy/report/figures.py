@@ -86,7 +86,7 @@ def accuracy_matrix(results: Results, rule: str) -> Figure:
     result, learned = results.rules[rule], results.learned(rule)
     tasks, merges = len(results.tasks), len(result.merges)
     cmap, scale = mpl.colormaps["viridis"].resampled(20), Normalize(_lowest_merged(results), 100)
-    figure = _figure(max(4.8, 2.5 + 0.46 * tasks), 1.9 + 0.27 * (merges + 2))
+    figure = new_figure(max(4.8, 2.5 + 0.46 * tasks), 1.9 + 0.27 * (merges + 2))
     ax = figure.add_subplot()
 
     lines: list[tuple[float, str, Sequence[float | None], Sequence[bool]]] = []
@@ -116,7 +116,7 @@ def accuracy_over_merges(results: Results) -> Figure:
 
     The bounds are means over the very same tasks as the rules' points, so they move with them.
     """
-    figure = _figure(WIDTH, 4.6)
+    figure = new_figure(WIDTH, 4.6)
     ax = figure.add_subplot()
     longest = _longest(results)
     for rule, look in looks(results).items():
@@ -134,7 +134,7 @@ def accuracy_over_merges(results: Results) -> Figure:
                 places, heights = [0.8, 1.2], heights * 2
             ax.plot(places, heights, color=INK, linestyle=dash, linewidth=1.6, label=name)
     _merge_axis(ax, results)
-    _grid(ax, "y")
+    grid(ax, "y")
     ax.set_ylabel("mean accuracy over\nthe tasks merged so far (%)")
     low, high = ax.get_ylim()
     ax.set_ylim(max(low - 2, 0), min(high + 2, 100))
@@ -148,7 +148,7 @@ def final_accuracy(results: Results) -> Figure:
     across = max(1, min(len(tasks), MAX_BARS_IN_A_ROW // max(len(rules), 1)))
     down = math.ceil(len(tasks) / across) or 1
     across = math.ceil(len(tasks) / down) or 1
-    figure = _figure(WIDTH, 1.3 + 2.1 * down)
+    figure = new_figure(WIDTH, 1.3 + 2.1 * down)
     for row in range(down):
         ax = figure.add_subplot(down, 1, row + 1)
         part = range(row * across, min((row + 1) * across, len(tasks)))
@@ -177,7 +177,7 @@ def forgetting(results: Results) -> Figure:
     bound = max((abs(f) for row in lost.values() for f in row if f is not None), default=1.0) or 1.0
     cmap, scale = mpl.colormaps["PuOr_r"], Normalize(-bound, bound)
     tasks = len(results.tasks)
-    figure = _figure(min(WIDTH, max(5.5, 3 + 0.5 * (tasks + 1))), 2.1 + 0.3 * len(lost))
+    figure = new_figure(min(WIDTH, max(5.5, 3 + 0.5 * (tasks + 1))), 2.1 + 0.3 * len(lost))
     ax = figure.add_subplot()
     for row, values in enumerate(lost.values()):
         _cell(ax, tasks + 0.3, row, metrics.mean(values), scale, cmap, seen=True, digits=1)
@@ -200,7 +200,7 @@ def forgetting(results: Results) -> Figure:
 
 def norms(results: Results) -> Figure:
     """Norms of the arriving vectors and of the merged vector, and lambda_t, over merges."""
-    figure = _figure(WIDTH, 6.0)
+    figure = new_figure(WIDTH, 6.0)
     top = figure.add_subplot(2, 1, 1)
     bottom = figure.add_subplot(2, 1, 2, sharex=top)
     shared = _same_updates(results)
@@ -217,7 +217,7 @@ def norms(results: Results) -> Figure:
     top.set_ylabel("Frobenius norm\n(weight units)")
     bottom.set_ylabel("lambda_t\n(no unit)")
     for ax in (top, bottom):
-        _grid(ax, "y")
+        grid(ax, "y")
         low, high = ax.get_ylim()
         ax.set_ylim(0 if low >= 0 else low, high)
     _merge_axis(bottom, results)
@@ -229,7 +229,7 @@ def traffic(results: Results) -> Figure:
     """Bytes each site sent and received."""
     sites = results.sites_traffic
     size, unit = _byte_unit([b for site in sites for b in (site.up_bytes, site.down_bytes)])
-    figure = _figure(WIDTH, 1.3 + 0.36 * max(len(sites), 1))
+    figure = new_figure(WIDTH, 1.3 + 0.36 * max(len(sites), 1))
     ax = figure.add_subplot()
     for offset, colour, name, sent in (
         (-0.19, UP, "up: site to server", [s.up_bytes / size for s in sites]),
@@ -240,7 +240,7 @@ def traffic(results: Results) -> Figure:
     ax.set_yticks(range(len(sites)), [short(s.site) for s in sites])
     ax.set(xlabel=f"payload ({unit})", ylabel="site", ylim=(max(len(sites), 1) - 0.4, -0.6))
     ax.margins(x=0.1)
-    _grid(ax, "x")
+    grid(ax, "x")
     _legend_right(ax)
     return figure
 
@@ -248,7 +248,7 @@ def traffic(results: Results) -> Figure:
 def seconds(results: Results) -> Figure:
     """Working time by phase of the run; the total is not drawn, as it is no phase."""
     phases = {name: spent for name, spent in results.seconds.items() if name != "total"}
-    figure = _figure(WIDTH * 0.75, 1.1 + 0.36 * max(len(phases), 1))
+    figure = new_figure(WIDTH * 0.75, 1.1 + 0.36 * max(len(phases), 1))
     ax = figure.add_subplot()
     bars = ax.barh(range(len(phases)), list(phases.values()), 0.6, color=GREY)
     ax.bar_label(bars, [f"{spent:,.1f}" for spent in phases.values()], padding=3)
@@ -259,11 +259,12 @@ def seconds(results: Results) -> Figure:
         ylim=(max(len(phases), 1) - 0.4, -0.6),
     )
     ax.margins(x=0.1)
-    _grid(ax, "x")
+    grid(ax, "x")
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
@@ -370,7 +371,7 @@ def _task_bars(ax: Axes, results: Results, part: range, across: int) -> None:
     )
     ax.set(xlim=(-0.6, max(across, 3) - 0.4), ylim=(0, 100), ylabel="accuracy (%)")
     ax.tick_params(axis="x", length=0)
-    _grid(ax, "y")
+    grid(ax, "y")
 
 
 def _merge_axis(ax: Axes, results: Results) -> None:
@@ -421,7 +422,8 @@ def _byte_unit(sizes: Sequence[int]) -> tuple[float, str]:
     )
 
 
-def _grid(ax: Axes, axis: str) -> None:
+def grid(ax: Axes, axis: str) -> None:
+    """Pale lines across one axis, ``x`` or ``y``, or ``both``, and no frame above and right."""
     ax.grid(axis=axis, color=PALE, linewidth=0.8)  # type: ignore[arg-type]
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,7 @@ from fedmerge.deploy.report import figures, metrics
 from fedmerge.deploy.report.console import by_acc, mean_seconds_per_merge, percent
 from fedmerge.deploy.report.results import Results
 
-_SVG_STYLE: dict[Any, Any] = {
+SVG_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
     "svg.hashsalt": "fedmerge",  # equal results, equal bytes
     "font.family": "sans-serif",
@@ -50,6 +50,8 @@ class RuleLine:
     bwt: str
     forgetting: str
     seconds: str
+    state: str
+    needs: str
     options: str
 
 
@@ -63,6 +65,27 @@ def write_report(results: Results, path: Path | str) -> Path:
 
 def render(results: Results) -> str:
     """The report as HTML. Names from outside are escaped; the same results give the same page."""
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            results=results,
+            summary=summary(results),
+            lines=_rule_lines(results),
+            left_out=_left_out(results),
+            matrices=_matrices(results),
+            drawn=_figures(results),
+            up_bytes=sum(site.up_bytes for site in results.sites_traffic),
+            down_bytes=sum(site.down_bytes for site in results.sites_traffic),
+            zero_shot=metrics.mean(results.zero_shot.get(task) for task in results.tasks),
+            fine_tuned=metrics.mean(results.fine_tuned.get(task) for task in results.tasks),
+            wide=len(results.tasks) > 10,
+        )
+    )
+
+
+def templates() -> Environment:
+    """The pages' templates: names are escaped, and ``percent``, ``bytes`` and ``seconds`` print numbers."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -73,19 +96,7 @@ def render(results: Results) -> str:
     environment.filters.update(
         {"percent": percent, "bytes": format_bytes, "seconds": lambda s: "–" if s is None else f"{s:,.2f}"}  # noqa: RUF001
     )
-    return environment.get_template("report.html.j2").render(
-        results=results,
-        summary=summary(results),
-        lines=_rule_lines(results),
-        left_out=_left_out(results),
-        matrices=_matrices(results),
-        drawn=_figures(results),
-        up_bytes=sum(site.up_bytes for site in results.sites_traffic),
-        down_bytes=sum(site.down_bytes for site in results.sites_traffic),
-        zero_shot=metrics.mean(results.zero_shot.get(task) for task in results.tasks),
-        fine_tuned=metrics.mean(results.fine_tuned.get(task) for task in results.tasks),
-        wide=len(results.tasks) > 10,
-    )
+    return environment
 
 
 def summary(results: Results) -> str:
@@ -169,9 +180,11 @@ def _what_was_lost(results: Results) -> list[str]:
 def _what_was_sent(results: Results) -> str:
     up = sum(site.up_bytes for site in results.sites_traffic)
     down = sum(site.down_bytes for site in results.sites_traffic)
+    extra = sum(site.statistics_bytes for site in results.sites_traffic)
+    share = f" ({format_bytes(extra)} of it statistics)" if extra else ""
     return (
         "Sites sent updates only, task vectors and their statistics, and no training data: "
-        f"{format_bytes(up)} up and {format_bytes(down)} down in all."
+        f"{format_bytes(up)} up{share} and {format_bytes(down)} down in all."
     )
 
 
@@ -200,6 +213,8 @@ def _rule_lines(results: Results) -> list[RuleLine]:
                 bwt=percent(result.bwt, signed=True),
                 forgetting=percent(result.forgetting, signed=True),
                 seconds="–" if spent is None else f"{spent:.2f}",  # noqa: RUF001
+                state="–" if result.state_bytes is None else format_bytes(result.state_bytes),  # noqa: RUF001
+                needs=", ".join(result.needs) or "nothing else",
                 options=", ".join(f"{key} = {value}" for key, value in result.options.items()) or "none",
             )
         )
@@ -223,27 +238,27 @@ def _left_out(results: Results) -> list[str]:
 
 def _matrices(results: Results) -> list[Drawn]:
     captions = {rule: f"Accuracy of every task after every merge under {rule}" for rule in by_acc(results)}
-    with mpl.rc_context(_SVG_STYLE):
+    with mpl.rc_context(SVG_STYLE):
         return [
-            _drawn(f"matrix-{n}", figures.accuracy_matrix(results, rule), caption)
+            as_svg(f"matrix-{n}", figures.accuracy_matrix(results, rule), caption)
             for n, (rule, caption) in enumerate(captions.items(), start=1)
         ]
 
 
 def _figures(results: Results) -> dict[str, Drawn]:
-    with mpl.rc_context(_SVG_STYLE):
+    with mpl.rc_context(SVG_STYLE):
         drawn = [
-            _drawn("acc", figures.accuracy_over_merges(results), "Mean accuracy over merges, by rule"),
-            _drawn("final", figures.final_accuracy(results), "Final accuracy of each task, by rule"),
-            _drawn("forgetting", figures.forgetting(results), "Forgetting of each task, by rule"),
-            _drawn("norms", figures.norms(results), "Norms and lambda over merges, by rule"),
-            _drawn("traffic", figures.traffic(results), "Bytes up and down, by site"),
-            _drawn("seconds", figures.seconds(results), "Working seconds, by phase"),
+            as_svg("acc", figures.accuracy_over_merges(results), "Mean accuracy over merges, by rule"),
+            as_svg("final", figures.final_accuracy(results), "Final accuracy of each task, by rule"),
+            as_svg("forgetting", figures.forgetting(results), "Forgetting of each task, by rule"),
+            as_svg("norms", figures.norms(results), "Norms and lambda over merges, by rule"),
+            as_svg("traffic", figures.traffic(results), "Bytes up and down, by site"),
+            as_svg("seconds", figures.seconds(results), "Working seconds, by phase"),
         ]
     return {figure.name: figure for figure in drawn}
 
 
-def _drawn(name: str, figure: Figure, title: str) -> Drawn:
+def as_svg(name: str, figure: Figure, title: str) -> Drawn:
     """A figure as SVG to stand inside HTML: no prologue, no namespaces, identifiers of its own."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

@@ -27,11 +27,13 @@ Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """A record that is checked when it is made and never changes."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class MergeRow(_Frozen):
+class MergeRow(Frozen):
     """One merge of one rule.
 
     ``scale`` is the factor c_t from the running sum to the merged weights, ``lambda_t`` the rule's own
@@ -50,8 +52,11 @@ class MergeRow(_Frozen):
     seconds: dict[str, Amount]
 
 
-class RuleResults(_Frozen):
-    """One rule over the whole stream: its accuracy matrix (merges by tasks) and the numbers from it."""
+class RuleResults(Frozen):
+    """One rule over the whole stream: its accuracy matrix (merges by tasks) and the numbers from it.
+
+    ``needs``: statistics that sites sent for it. ``state_bytes``: what it keeps after the last merge.
+    """
 
     options: dict[str, float | str | int | bool]
     accuracy: list[list[Fraction | None]]
@@ -60,6 +65,8 @@ class RuleResults(_Frozen):
     bwt: Difference | None
     forgetting: Difference | None
     merges: list[MergeRow]
+    needs: list[str] = []
+    state_bytes: Count | None = None
 
     @classmethod
     def measured(
@@ -68,6 +75,8 @@ class RuleResults(_Frozen):
         accuracy: metrics.Matrix,
         merges: Sequence[MergeRow],
         options: Mapping[str, float | str | int | bool] | None = None,
+        needs: Iterable[str] = (),
+        state_bytes: int | None = None,
     ) -> RuleResults:
         """Computes every number from the matrix, with the tasks in the order of its columns."""
         learned = metrics.learned_by(tasks, [merge.task for merge in merges])
@@ -79,6 +88,8 @@ class RuleResults(_Frozen):
             bwt=metrics.backward_transfer(accuracy, learned),
             forgetting=metrics.forgetting(accuracy, learned),
             merges=list(merges),
+            needs=sorted(needs),
+            state_bytes=state_bytes,
         )
 
     @model_validator(mode="after")
@@ -90,17 +101,21 @@ class RuleResults(_Frozen):
         return self
 
 
-class SiteTraffic(_Frozen):
-    """What one site sent (up) and received (down), and how often it failed."""
+class SiteTraffic(Frozen):
+    """What one site sent (up) and received (down), and how often it failed.
+
+    ``statistics_bytes`` is the part of ``up_bytes`` that statistics take, for the rules that need them.
+    """
 
     site: str
     tasks: list[str]
     up_bytes: Count
     down_bytes: Count
     failures: Count
+    statistics_bytes: Count = 0
 
 
-class Failure(_Frozen):
+class Failure(Frozen):
     """One thing that did not work: where, on which task, in which phase, and why."""
 
     site: str
@@ -109,7 +124,7 @@ class Failure(_Frozen):
     reason: str
 
 
-class Results(_Frozen):
+class Results(Frozen):
     """One run of a stream under every rule that was asked for. ``tasks`` is the order of merging."""
 
     format: Literal["fedmerge.results/1"] = "fedmerge.results/1"
@@ -184,10 +199,10 @@ def save(results: Results, folder: Path | str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
     path.write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    _write_csv(
+    write_csv(
         folder / "accuracy.csv", ["rule", "merge", "merged_task", "task", "accuracy"], _accuracies(results)
     )
-    _write_csv(folder / "merges.csv", _merge_columns(results), _merges(results))
+    write_csv(folder / "merges.csv", _merge_columns(results), _merges(results))
     return path
 
 
@@ -243,7 +258,7 @@ def _known_keys() -> list[str]:
     return sorted({key for model in models for key in model.model_fields})
 
 
-def _write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+def write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)

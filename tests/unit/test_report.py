@@ -120,7 +120,16 @@ class TestSummary:
     def test_bytes_are_added_up_over_sites(self) -> None:
         results = fake_results()
         up = sum(site.up_bytes for site in results.sites_traffic)
-        assert f"{up / 1e6:.1f} MB up" in summary(results)
+        assert f"{up / 1e6:.1f} MB up and" in summary(results)
+
+    def test_the_share_of_statistics_is_told_where_there_are_any(self) -> None:
+        results = fake_results()
+        sites = [
+            site.model_copy(update={"statistics_bytes": 1_500_000 * (n < 2)})
+            for n, site in enumerate(results.sites_traffic)
+        ]
+        told = summary(results.model_copy(update={"sites_traffic": sites}))
+        assert "MB up (3.00 MB of it statistics) and" in told
 
     @pytest.mark.parametrize(
         ("size", "text"),
