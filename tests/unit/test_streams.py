@@ -12,7 +12,8 @@ from fedmerge.client.training import fine_tune, score
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.layers import matches
 from fedmerge.deploy.streams.example import example
-from fedmerge.deploy.streams.text import CORPORA, TEST_ROWS, split, text
+from fedmerge.deploy.streams.prompted import split
+from fedmerge.deploy.streams.text import CORPORA, TEST_ROWS, text
 
 EXAMPLE = "fedmerge.deploy.streams.example:example"
 
@@ -126,14 +127,14 @@ def test_split_uses_every_text_once_and_draws_classes_in_turn():
         return tuple(words.casefold().split()[:2])
 
     rows = [(f"Text {i % 300} {i}", i % 300 % 3) for i in range(600)] + [("text   7 again", 1)]
-    train, test = split(rows, 3, 0, 60, encode)
+    train, test = split(rows, 3, 0, 60, TEST_ROWS, encode)
     assert len({ids for ids, _ in train + test}) == len(train + test) == 60 + TEST_ROWS
     counts = [sum(label == wanted for _, label in test) for wanted in range(3)]
     assert max(counts) - min(counts) < TEST_ROWS / 4
-    assert split(rows, 3, 0, 60, encode) == (train, test)
-    assert split(rows, 3, 0, 10, encode) == (train[:10], test)
-    assert split(rows, 3, 1, 60, encode)[1] != test
-    assert len(split(rows, 3, 0, 10_000, encode)[0]) == 300 - TEST_ROWS
+    assert split(rows, 3, 0, 60, TEST_ROWS, encode) == (train, test)
+    assert split(rows, 3, 0, 10, TEST_ROWS, encode) == (train[:10], test)
+    assert split(rows, 3, 1, 60, TEST_ROWS, encode)[1] != test
+    assert len(split(rows, 3, 0, 10_000, TEST_ROWS, encode)[0]) == 300 - TEST_ROWS
 
 
 @pytest.mark.parametrize("rows", [0, -1])
