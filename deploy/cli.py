@@ -13,7 +13,7 @@ from rich.console import Console
 from fedmerge import __version__
 from fedmerge.common.config import listed, validated
 from fedmerge.common.errors import ConfigError, EngineError, FedmergeError
-from fedmerge.deploy import certs, remote
+from fedmerge.deploy import certs, leaderboard_cli, remote
 from fedmerge.deploy.launch import cli as launch
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 bench = typer.Typer(
     no_args_is_help=True, help="Measure speed and accuracy against a reference in the same run."
 )
+app.command("leaderboard")(leaderboard_cli.leaderboard)
 app.command("server")(launch.server)
 app.command("client")(launch.client)
 app.command("doctor")(launch.doctor)
@@ -54,7 +55,7 @@ console = Console()
 errors = Console(stderr=True)
 
 Rules = Annotated[
-    str, typer.Option("--rule", help="Merge rules, comma-separated: opcm, average, task_arithmetic.")
+    str, typer.Option("--rule", help="Merge rules, comma-separated, or 'all'; docs/rules.md lists them.")
 ]
 Settings = Annotated[
     list[str] | None,
@@ -131,7 +132,7 @@ def merge_command(
     ],
     base: Annotated[Path, typer.Option(help="The pretrained checkpoint: a file or a Hugging Face folder.")],
     out: Annotated[Path, typer.Option(help="Merged weights, a .safetensors file.")],
-    rule: Annotated[str, typer.Option(help="Merge rule: opcm, average, task_arithmetic.")] = "opcm",
+    rule: Annotated[str, typer.Option(help="Merge rule; docs/rules.md lists them.")] = "opcm",
     settings: Settings = None,
     kinds: Annotated[
         Path | None,

@@ -248,6 +248,8 @@ def run_federation(
         models = {
             rule.name: GlobalModel(base, stack.enter_context(_engine(rule, base, engines))) for rule in rules
         }
+        for model in models.values():
+            model.engine.prepare(wait=True)  # many actors starting at once would starve the sites' workers
         federation = Federation(grid, base, models, config, history, poll_seconds)
         federation.run()
         on_finished(federation)

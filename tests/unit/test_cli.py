@@ -18,7 +18,7 @@ from fedmerge.common.taskvector import LowRank, TaskVector
 from fedmerge.common.vectorfile import load
 from fedmerge.deploy import cli
 from fedmerge.server.engine.local import LocalEngine
-from fedmerge.server.merge import make_rule
+from fedmerge.server.merge import RULES, make_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -112,7 +112,7 @@ def test_rules_and_their_settings_are_parsed():
         (" , ", [], False, "name at least one rule"),
         ("opcm,average", [], True, "name one rule: got 'opcm,average'"),
         ("", [], True, "name one rule"),
-        ("fedavg", [], False, "no such merge rule: got 'fedavg', wanted average or opcm or task_arithmetic"),
+        ("fedavg", [], False, f"no such merge rule: got 'fedavg', wanted {' or '.join(sorted(RULES))}"),
         ("opcm", ["alpha"], False, "not a setting of a chosen rule: got 'alpha', wanted opcm.OPTION=VALUE"),
         ("opcm", ["average.alpha=1"], False, "not a setting of a chosen rule"),
         ("opcm,average", ["alpha=1"], False, "wanted opcm.OPTION=VALUE or average.OPTION=VALUE"),
