@@ -31,6 +31,7 @@ from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge.rule import Rule
 from fedmerge.server.merge.spectrum import spectrum_of
 from fedmerge.server.model import GlobalModel, Version
+from fedmerge.server.needs import check_needs
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def merge_files(
 ) -> MergeRecord:
     """Merges inputs in order and writes base plus merged vector, with a record beside it.
 
-    All inputs are opened and checked against the base, by names and shapes, before any is merged.
+    All inputs are opened and checked against the base, by names and shapes, and for the statistics that the
+    rule needs, before any is merged.
 
     Raises:
         FedmergeError: nothing is written.
@@ -114,6 +116,8 @@ def merge_files(
     opened = open_checkpoint(base_path)
     base = Base.from_checkpoint(opened, kinds_by_name(opened, kinds), private)
     vectors = [open_update(path, base, private=_private_for(path, private)) for path in inputs]
+    for path, vector in zip(inputs, vectors, strict=True):
+        check_needs(vector, base, [rule], str(path))
     low_rank: list[set[str]] = [set() for _ in vectors]
     seconds = {"merging": 0.0, "writing": 0.0}
     with workers.engine(rule, base.layers.values()) as engine, bars(console) as progress:
