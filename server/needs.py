@@ -32,7 +32,7 @@ def check_needs(vector: TaskVector, base: Base, rules: Iterable[Rule], where: st
         listed = needed in vector.manifest.statistics
         if lacking or not listed:
             raise StatisticsMissing(
-                f"rule {rule!r} asks for {needed}",
+                f"rule {rule} asks for {needed}",
                 where=where,
                 layer=lacking[0] if listed else None,
                 got=", ".join(vector.manifest.statistics) or "no statistics",

@@ -382,7 +382,7 @@ def test_statistics_of_a_file_are_asked_for_and_checked_like_a_vectors(path):
     assert admitted.manifest.statistics == ("input_gram", "fisher", "second_moment")
     assert admitted.norm == 4.0
     save(vector(), path)
-    with pytest.raises(StatisticsMissing, match=r"^update of ward-7: rule 'grams' asks for"):
+    with pytest.raises(StatisticsMissing, match=r"^update of ward-7: rule grams asks for"):
         admit_update(path, BASE, NORMS, current_version=0, site="ward-7", rules=[Grams()])
 
 

@@ -517,5 +517,6 @@ def test_an_adapter_of_another_model_is_refused(run, files, adapted):
 def test_rules_that_need_statistics_refuse_checkpoints_which_bring_none(run, files):
     code, _, error = run(*MERGE, "--rule", "fisher", "a.safetensors")
     assert code == 2
-    assert "rule 'fisher' asks for fisher" in error and "got no statistics" in error
+    assert "rule fisher asks for fisher" in error
+    assert "got no statistics" in error
     assert not (files / "out.safetensors").exists()
