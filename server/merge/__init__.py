@@ -14,6 +14,7 @@ from fedmerge.server.merge.dop import Dop
 from fedmerge.server.merge.fisher import Fisher
 from fedmerge.server.merge.holistic import Holistic
 from fedmerge.server.merge.iso_c import IsoC
+from fedmerge.server.merge.least_interference import LeastInterference
 from fedmerge.server.merge.lore import Lore
 from fedmerge.server.merge.lot import Lot
 from fedmerge.server.merge.magmax import MagMax
@@ -30,7 +31,7 @@ from fedmerge.server.merge.tsv_m import TsvM
 from fedmerge.server.merge.wudi import Wudi
 
 ELEMENTWISE = (Average, TaskArithmetic, Ties, Dare, MagMax, Lore)
-SPECTRAL = (IsoC, TsvM, Svc, Wudi, Ace)
+SPECTRAL = (LeastInterference, IsoC, TsvM, Svc, Wudi, Ace)
 SEQUENTIAL = (Opcm, NullSpace, Nufilt, Dop)
 WITH_STATISTICS = (Fisher, RegMean, Lot, PerturbAndMerge, Holistic)
 

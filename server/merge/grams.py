@@ -49,8 +49,7 @@ class GramSum:
     product_MN: Tensor
 
     @classmethod
-    def zero(cls, layer: LayerSpec) -> GramSum:
-        rows, columns = layer.matrix_shape
+    def zero(cls, rows: int, columns: int) -> GramSum:
         return cls(packed_zero(columns), torch.zeros(rows, columns, dtype=torch.float64))
 
     def sum_of_squares(self) -> float:
@@ -88,7 +87,7 @@ class GramRule(Rule):
     states: ClassVar[tuple[type, ...]] = (RunningSum, GramSum)
 
     def init(self, layer: LayerSpec) -> State:
-        return GramSum.zero(layer) if layer.kind is LayerKind.MATRIX else RunningSum.zero(layer)
+        return GramSum.zero(*layer.matrix_shape) if layer.kind is LayerKind.MATRIX else RunningSum.zero(layer)
 
     def absorb(self, state: Any, prepared: None, update: LayerUpdate, context: Context = ALONE) -> State:
         return state.plus(self.change(state, update, context))  # type: ignore[no-any-return]
