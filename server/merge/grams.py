@@ -15,8 +15,8 @@ Legend: M out rows, N in columns, R rows of an update once reduced, S rows of a 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -49,18 +49,22 @@ class GramSum:
     product_MN: Tensor
 
     @classmethod
-    def zero(cls, rows: int, columns: int) -> GramSum:
+    def zero(cls, rows: int, columns: int) -> Self:
         return cls(packed_zero(columns), torch.zeros(rows, columns, dtype=torch.float64))
 
     def sum_of_squares(self) -> float:
         """Of the weighted sum, sum_t D_t G_t."""
         return float(self.product_MN.square().sum())
 
-    def plus(self, term: GramTerm) -> GramSum:
-        return GramSum(self.gram_PQ + packed(term.gram_NN), self.product_MN + term.product_MN)
+    def plus(self, term: GramTerm) -> Self:
+        return replace(
+            self, gram_PQ=self.gram_PQ + packed(term.gram_NN), product_MN=self.product_MN + term.product_MN
+        )
 
-    def minus(self, term: GramTerm) -> GramSum:
-        return GramSum(self.gram_PQ - packed(term.gram_NN), self.product_MN - term.product_MN)
+    def minus(self, term: GramTerm) -> Self:
+        return replace(
+            self, gram_PQ=self.gram_PQ - packed(term.gram_NN), product_MN=self.product_MN - term.product_MN
+        )
 
     def ridge(self, share: float) -> float:
         """A share of the mean eigenvalue of ``sum_t G_t``, at least ``UNSEEN``."""

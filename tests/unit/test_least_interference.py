@@ -1,4 +1,4 @@
-"""Least interference on the outputs: against its objective, worked by hand, and between its two ends."""
+"""Least interference on the longer side: against its objective, worked by hand, and between its two ends."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from fedmerge.common.layers import LayerKind, LayerSpec
 from fedmerge.common.taskvector import Dense
 from fedmerge.server.merge.least_interference import LeastInterference
 from fedmerge.server.merge.rule import tensors_of
+from fedmerge.server.merge.wudi import Wudi
 
 SQUARE = LayerSpec("weight", (2, 2), torch.float32, LayerKind.MATRIX)
 TALL = LayerSpec("weight", (6, 4), torch.float32, LayerKind.MATRIX)
+WIDE = LayerSpec("weight", (4, 6), torch.float32, LayerKind.MATRIX)
 
 
 def merged(rule: LeastInterference, *vectors: list[list[float]]) -> Tensor:
     return Fold(rule, [SQUARE]).merge(*[{"weight": Dense(torch.tensor(v))} for v in vectors]).read()["weight"]
+
+
+def on_outputs(ridge: float, vectors: list[Tensor]) -> Tensor:
+    rows = vectors[0].shape[0]
+    drift = (ridge / rows) ** 0.5 * torch.eye(rows, dtype=torch.float64)
+    seen = [torch.cat([vector.T / (vector.norm() or 1.0), drift]) for vector in vectors]
+    wanted = [each @ vector for each, vector in zip(seen, vectors, strict=True)]
+    return torch.linalg.lstsq(torch.cat(seen), torch.cat(wanted), driver="gelsd").solution
 
 
 class TestLeastInterference(RuleContract):
@@ -28,11 +38,10 @@ class TestLeastInterference(RuleContract):
     def layer_reference(self, rule, layer, vectors, contexts):
         if layer.kind is LayerKind.VECTOR:
             return sum(vectors) / len(vectors)
-        rows = layer.matrix_shape[0]
-        drift = (rule.ridge / rows) ** 0.5 * torch.eye(rows, dtype=torch.float64)
-        seen = [torch.cat([vector.T / (vector.norm() or 1.0), drift]) for vector in vectors]
-        wanted = [each @ vector for each, vector in zip(seen, vectors, strict=True)]
-        return torch.linalg.lstsq(torch.cat(seen), torch.cat(wanted), driver="gelsd").solution
+        rows, columns = layer.matrix_shape
+        if columns > rows:
+            return on_outputs(rule.ridge, [vector.T for vector in vectors]).T
+        return on_outputs(rule.ridge, vectors)
 
 
 def test_tasks_that_write_to_different_outputs_are_summed() -> None:
@@ -80,12 +89,19 @@ def test_large_ridge_gives_the_mean() -> None:
     assert relative_difference(found, mean) < 1e-5
 
 
-def test_state_of_a_matrix_layer_has_the_documented_size() -> None:
-    rule, rows, columns = LeastInterference(), 6, 4
-    for make in (lambda: gaussian(SEED, [TALL]), lambda: factored(SEED, 2, [TALL])):
-        state = Fold(rule, [TALL]).merge(make()).states["weight"]
+def test_wide_layers_are_merged_on_their_inputs() -> None:
+    vectors = [gaussian(SEED + task, [WIDE]) for task in range(3)]
+    ours, theirs = (Fold(rule, [WIDE]).merge(*vectors).read() for rule in (LeastInterference(), Wudi()))
+    assert torch.equal(ours["weight"], theirs["weight"])
+
+
+@pytest.mark.parametrize("layer", [TALL, WIDE, SQUARE])
+def test_state_of_a_matrix_layer_has_the_documented_size(layer: LayerSpec) -> None:
+    rows, columns = layer.shape
+    for arrival in (gaussian(SEED, [layer]), factored(SEED, 1, [layer])):
+        state = Fold(LeastInterference(), [layer]).merge(arrival).states["weight"]
         held = sum(tensor.nbytes for tensor in tensors_of(state).values())
-        assert held == 8 * rows * columns + 4 * rows * (rows + 1)
+        assert held == 8 * rows * columns + 4 * max(rows, columns) * (max(rows, columns) + 1)
 
 
 @pytest.mark.parametrize("ridge", [0.0, -1.0, 1e7, float("nan")])
