@@ -79,7 +79,7 @@ def simulate_command(
     tasks: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many tasks of the stream.")
     ] = None,
-    rule: Rules = "opcm,average,task_arithmetic",
+    rule: Rules = "least_interference,opcm,average",
     settings: Settings = None,
     rounds: Annotated[int, typer.Option(min=1, help="Local fine-tunings per task.")] = 1,
     sites_per_task: Annotated[int, typer.Option(min=1, help="Sites that share a task's data.")] = 1,
@@ -132,7 +132,7 @@ def merge_command(
     ],
     base: Annotated[Path, typer.Option(help="The pretrained checkpoint: a file or a Hugging Face folder.")],
     out: Annotated[Path, typer.Option(help="Merged weights, a .safetensors file.")],
-    rule: Annotated[str, typer.Option(help="Merge rule; docs/rules.md lists them.")] = "opcm",
+    rule: Annotated[str, typer.Option(help="Merge rule; docs/rules.md lists them.")] = "least_interference",
     settings: Settings = None,
     kinds: Annotated[
         Path | None,

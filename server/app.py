@@ -50,7 +50,7 @@ from fedmerge.server.engine.ray_engine import RayEngine, start_ray
 from fedmerge.server.federation import Federation, FederationConfig
 from fedmerge.server.history import Event, History
 from fedmerge.server.journal import Journal
-from fedmerge.server.merge import RULES, make_rule
+from fedmerge.server.merge import DEFAULT_RULE, RULES, make_rule
 from fedmerge.server.merge.rule import Rule
 from fedmerge.server.model import GlobalModel
 from fedmerge.server.peers import ServingSettings
@@ -112,7 +112,7 @@ class RunConfig(BaseModel):
     mode: Literal["tasks", "serve"] = "tasks"
     base: str = ""
     private: str = ""
-    rule: str = "opcm"
+    rule: str = DEFAULT_RULE
     out: Path = Path("fedmerge-out")
 
 

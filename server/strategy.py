@@ -42,7 +42,7 @@ from fedmerge.server.combine import combine
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.history import History
-from fedmerge.server.merge import make_rule
+from fedmerge.server.merge import DEFAULT_RULE, make_rule
 from fedmerge.server.merge.rule import Rule
 from fedmerge.server.model import GlobalModel
 
@@ -71,7 +71,7 @@ class ContinualMerging(Strategy):
 
     def __init__(
         self,
-        rule: Rule | str = "opcm",
+        rule: Rule | str = DEFAULT_RULE,
         *,
         kinds: Mapping[str, LayerKind] | None = None,
         private: Iterable[str] = (),

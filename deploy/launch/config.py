@@ -30,6 +30,7 @@ from fedmerge.common.logs import Form, Level
 from fedmerge.common.names import SITE_NAME
 from fedmerge.common.tls import TlsFiles, is_loopback
 from fedmerge.server.admission import Limits
+from fedmerge.server.merge import DEFAULT_RULE
 from fedmerge.server.peers import ServingSettings
 from fedmerge.server.retention import Retention
 from fedmerge.server.service.settings import ServiceSettings
@@ -119,7 +120,7 @@ class Model(Section):
 class RuleChoice(Section):
     """The merge rule and its options."""
 
-    name: str = "opcm"
+    name: str = DEFAULT_RULE
     options: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -39,6 +39,9 @@ RULES: dict[str, type[Rule]] = {
     rule.name: rule for rule in (*SEQUENTIAL, *SPECTRAL, *ELEMENTWISE, *WITH_STATISTICS)
 }
 
+DEFAULT_RULE = LeastInterference.name
+"""Best on average over the project's streams: ``docs/default-rule.md``."""
+
 
 def make_rule(name: str, options: Mapping[str, object] | None = None) -> Rule:
     """A rule by name with validated options.

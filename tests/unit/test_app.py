@@ -110,10 +110,9 @@ def test_an_embedded_aggregator_takes_in_what_sites_learn_and_versions_come_back
     # The last site's base and rule stay with the folder, so a second run goes on where the first one ended.
     for tasks in (("plain",), TASKS):
         grid.join(11, site("a", *tasks, state=tmp_path / "a"))
-        options = {"limits.max-update-bytes": 10**6, "opcm.alpha": 0.4}
-        run(
-            grid, mode="serve", base=BASE, out=str(tmp_path / "out"), state=str(tmp_path / "state"), **options
-        )
+        options = {"limits.max-update-bytes": 10**6, "rule": "opcm", "opcm.alpha": 0.4}
+        out, state = str(tmp_path / "out"), str(tmp_path / "state")
+        run(grid, mode="serve", base=BASE, out=out, state=state, **options)
     rule = server.make_rule("opcm", {"alpha": 0.4})
     make_engine = partial(LocalEngine, rule, base().layers.values())
     with Aggregator(tmp_path / "state", base(), rule, make_engine) as aggregator:

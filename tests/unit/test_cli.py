@@ -18,7 +18,7 @@ from fedmerge.common.taskvector import LowRank, TaskVector
 from fedmerge.common.vectorfile import load
 from fedmerge.deploy import cli
 from fedmerge.server.engine.local import LocalEngine
-from fedmerge.server.merge import RULES, make_rule
+from fedmerge.server.merge import DEFAULT_RULE, RULES, make_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -79,7 +79,7 @@ def files(run, tmp_path) -> Path:
 MERGE = ("merge", "--base", "base.safetensors", "--out", "out.safetensors")
 
 
-def by_hand(order: str, rule: str = "opcm", **options) -> dict[str, torch.Tensor]:
+def by_hand(order: str, rule: str = DEFAULT_RULE, **options) -> dict[str, torch.Tensor]:
     base = Base.from_checkpoint(weights(0))
     with LocalEngine(make_rule(rule, options), base.layers.values(), workers=1) as engine:
         for name in order:
@@ -135,7 +135,7 @@ def test_wrong_rules_and_settings_are_refused_with_what_is_right(names, settings
 def test_merged_weights_have_the_bases_names_shapes_and_dtypes(run, files):
     code, out, err = run(*MERGE, "a.safetensors", "b.safetensors")
     assert (code, err) == (0, "")
-    assert "opcm over 2 inputs" in out
+    assert f"{DEFAULT_RULE} over 2 inputs" in out
     merged = load_file("out.safetensors")
     assert {name: (tuple(t.shape), t.dtype) for name, t in merged.items()} == LAYOUT
     assert same(merged, by_hand("ab"))
@@ -154,7 +154,7 @@ def test_the_order_of_inputs_matters_to_opcm_and_not_to_average(run, files):
         for order in ("ab", "ba"):
             assert run(*MERGE, "--rule", rule, *(f"{name}.safetensors" for name in order))[0] == 0
             merged[rule, order] = load_file("out.safetensors")
-    assert same(merged["opcm", "ba"], by_hand("ba"))
+    assert same(merged["opcm", "ba"], by_hand("ba", "opcm"))
     assert not same(merged["opcm", "ab"], merged["opcm", "ba"])
     assert same(merged["average", "ab"], merged["average", "ba"])
 
@@ -169,9 +169,13 @@ def test_a_rules_option_is_used_and_recorded(run, files):
 def test_the_record_says_how_the_weights_came_about(run, files):
     assert run(*MERGE, "a.safetensors", "b.safetensors")[0] == 0
     found = record()
-    assert (found["format"], found["rule"], found["base"]) == ("fedmerge.merge/1", "opcm", "base.safetensors")
+    assert (found["format"], found["rule"], found["base"]) == (
+        "fedmerge.merge/1",
+        DEFAULT_RULE,
+        "base.safetensors",
+    )
     assert found["base_fingerprint"] == Base.from_checkpoint(weights(0)).fingerprint
-    assert set(found["options"]) == {"alpha", "diagonal"}
+    assert set(found["options"]) == {"ridge"}
     assert {kind: sorted(names) for kind, names in found["kinds"].items()} == {
         "matrix": ["body.weight", "brain.weight", "half.weight", "head.weight"],
         "vector": ["body.bias"],

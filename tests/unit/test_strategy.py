@@ -21,7 +21,7 @@ from fedmerge.common.vectorfile import to_bytes
 from fedmerge.server.admission import Limits
 from fedmerge.server.combine import combine
 from fedmerge.server.engine.local import LocalEngine
-from fedmerge.server.merge import make_rule
+from fedmerge.server.merge import DEFAULT_RULE, make_rule
 from fedmerge.server.strategy import ContinualMerging
 
 SHAPES = {"w": (6, 5), "b": (6,), "steps": ()}
@@ -41,7 +41,7 @@ def moved(seed: int) -> TaskVector:
     return TaskVector.from_checkpoints(BASE, weights(seed), manifest=Manifest(examples=10 * seed))
 
 
-def by_hand(vectors: list[TaskVector], rule: str = "opcm") -> dict[str, torch.Tensor]:
+def by_hand(vectors: list[TaskVector], rule: str = DEFAULT_RULE) -> dict[str, torch.Tensor]:
     with LocalEngine(make_rule(rule), BASE.layers.values(), workers=1) as engine:
         for vector in vectors:
             engine.merge(vector)
@@ -184,10 +184,11 @@ def test_replies_of_one_task_are_combined_by_their_examples():
 
 def test_two_tasks_in_one_round_are_merged_in_the_order_of_their_names():
     grid = LocalGrid({11: client(1, as_weights, "zebra"), 12: client(2, as_weights, "ant")})
-    strategy, result = start(grid)
+    strategy, result = start(grid, rule="opcm")
     assert [event["task"] for event in strategy.history.of("merged")] == ["ant", "zebra"]
-    assert_equal(result.arrays, by_hand([moved(2), moved(1)]))
-    assert not torch.equal(by_hand([moved(2), moved(1)])["w"], by_hand([moved(1), moved(2)])["w"])
+    there, back = (by_hand([moved(first), moved(3 - first)], "opcm") for first in (2, 1))
+    assert_equal(result.arrays, there)
+    assert not torch.equal(there["w"], back["w"])
 
 
 def test_the_metrics_of_a_round_tell_the_merge():
