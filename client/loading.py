@@ -20,8 +20,7 @@ def load_stream(spec: str, options: StreamOptions) -> Stream:
     """The stream that ``spec`` names, made with ``options``.
 
     Args:
-        spec: a built-in name (``text``, ``example``), ``package.module:function`` or
-            ``path/to/file.py:function``.
+        spec: a name in ``BUILT_IN``, ``package.module:function`` or ``path/to/file.py:function``.
 
     Raises:
         ConfigError: nothing is found there, the function returns something else than a

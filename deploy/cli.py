@@ -47,6 +47,7 @@ EXTRA_OF = {
     "flwr_datasets": "sim",
     "datasets": "sim",
     "matplotlib": "sim",
+    "PIL": "sim",
     "jinja2": "sim",
 }
 """Which extra brings a library that the base installation lacks."""
@@ -73,7 +74,10 @@ def _version(show: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command("simulate")
 def simulate_command(
     stream: Annotated[
-        str, typer.Option(help="'text', 'example', 'package.module:function' or 'path/file.py:function'.")
+        str,
+        typer.Option(
+            help="A stream: a name in docs/streams.md, 'package.module:function' or 'path/file.py:function'."
+        ),
     ] = "text",
     sites: Annotated[int, typer.Option(min=1, help="Simulated sites.")] = 4,
     tasks: Annotated[
