@@ -37,6 +37,7 @@ from fedmerge.common.logs import log_to_stderr
 from fedmerge.common.ranges import MAX_MESSAGE_BYTES, RangeFile, RangeManifest
 from fedmerge.common.score import Score
 from fedmerge.common.sources import check_vector
+from fedmerge.common.statistics import statistics_of
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import load, to_bytes
 from fedmerge.common.wire import EvaluateJob, Greeting, Hello, Holding, PublishJob, ShardJob, TrainJob
@@ -212,7 +213,8 @@ def _learned(
     scores = site.score([task], device=config.device)
     if job.needs:
         found = ", ".join(vector.manifest.statistics)
-        logger.info("%s measured %s on %s: %d bytes", label, found, job.task, wire.statistics_bytes(vector))
+        size = statistics_of(vector).payload_bytes
+        logger.info("%s measured %s on %s: %d bytes", label, found, job.task, size)
     return vector, {
         "num-examples": report.examples,
         "train-loss": report.mean_loss,

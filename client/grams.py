@@ -28,7 +28,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -202,7 +202,7 @@ class InputGrams:
         self, watched: dict[str, _Watch], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         for leaf, given in _inputs(module, args, kwargs).items():
-            if leaf in watched:
+            if leaf in watched and given.numel():  # an expert may be called with no token
                 self._add(watched[leaf], given)
 
     @torch.no_grad()
@@ -223,7 +223,8 @@ _EMPTY: Mapping[LayerKind, Gram | Squares] = {LayerKind.MATRIX: Gram(), LayerKin
 def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """What each weight of a module multiplies in this call, by the module's own name for it."""
     if not isinstance(module, nn.MultiheadAttention):
-        return {"weight": args[0] if args else kwargs["input"]}
+        given, *_ = *args, *kwargs.values()  # RMSNorm calls it x, the others input
+        return {"weight": given}
     query, key, value = (*args[:3], *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))
     if module.in_proj_weight is None:
         return {"q_proj_weight": query, "k_proj_weight": key, "v_proj_weight": value}
@@ -281,15 +282,15 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
     """What a norm multiplies with its scale: rows as wide as the scale has elements."""
     if isinstance(module, nn.LayerNorm):
         shape = module.normalized_shape
-        return F.layer_norm(x, shape, eps=module.eps).flatten(-len(shape)).flatten(0, -2)
+        return F.layer_norm(x, shape, eps=module.eps).reshape(-1, prod(shape))
     if isinstance(module, nn.RMSNorm):
         shape = module.normalized_shape
-        return F.rms_norm(x, shape, eps=module.eps).flatten(-len(shape)).flatten(0, -2)
+        return F.rms_norm(x, shape, eps=module.eps).reshape(-1, prod(shape))
     if isinstance(module, nn.GroupNorm):
         channels_second = F.group_norm(x, module.num_groups, eps=module.eps)
     else:
         assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-        mean, variance = module.running_mean, module.running_var
+        mean, variance = (None if s is None else s.float() for s in (module.running_mean, module.running_var))
         channels_second = F.batch_norm(x, mean, variance, training=mean is None, eps=module.eps)
     return channels_second.movedim(1, -1).flatten(0, -2)
 

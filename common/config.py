@@ -14,6 +14,9 @@ Config = TypeVar("Config", bound=BaseModel)
 Partition = Annotated[str, Field(pattern=r"^(iid|dirichlet:(\d+(\.\d*)?|\.\d+))$")]
 """How sites share a task's rows: ``iid`` or ``dirichlet:ALPHA``."""
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""As torch, numpy and messages take it."""
+
 
 def listed(text: object) -> tuple[str, ...]:
     """The items of a comma-separated setting, without blanks and empty ones."""

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from math import prod
 from typing import Any, ClassVar, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -36,7 +35,6 @@ from fedmerge.common.errors import MismatchError, VersionMismatch
 from fedmerge.common.ranges import MAX_MESSAGE_BYTES, RANGE_BYTES, RangeManifest
 from fedmerge.common.records import Dtype
 from fedmerge.common.score import Score
-from fedmerge.common.statistics import Statistic, statistics_of
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import from_bytes
 
@@ -54,9 +52,6 @@ MERGED = "merged."
 MANIFEST, RANGE = "manifest", "range"
 PUBLISHED = "merged"
 """What scores of a published version are filed under, in place of a rule's name."""
-
-FLOAT_BYTES = 4
-"""Of a number in a vector or a statistic."""
 
 EXACT = ConfigDict(extra="forbid")
 """A job of another version, with fields this one does not know, is refused."""
@@ -305,18 +300,6 @@ def check_version(theirs: str, ours: str, *, where: str) -> None:
             wanted=ours,
             do="Install the same version on the server and on every site.",
         )
-
-
-def statistics_bytes(vector: TaskVector) -> int:
-    """Payload bytes of a vector's statistics as they are sent: a Gram that layers share counts once."""
-    statistics = statistics_of(vector)
-    shared = statistics.shared_among(vector.names)
-    return FLOAT_BYTES * sum(
-        prod(shape)
-        for layer in vector.names
-        for name, shape in statistics.shapes.get(layer, {}).items()
-        if not (name == Statistic.INPUT_GRAM and layer in shared)
-    )
 
 
 def bytes_in(content: RecordDict) -> int:

@@ -43,6 +43,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, where they are not there yet.
+
+    Raises:
+        FileError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError("the folder cannot be made", where=folder, got=error.strerror) from error
+
+
 def write_checkpoint(
     path: Path | str, layout: Layout, read: Callable[[str], Tensor], metadata: Mapping[str, str] | None = None
 ) -> int:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedmerge.client.loading import first_tasks, load_stream
 from fedmerge.client.tasks import Stream, StreamOptions
+from fedmerge.common.config import Seed
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.machine import cores
 from fedmerge.deploy.contest import Contest, Judges, arrival_orders, torch_threads
@@ -45,7 +46,7 @@ class LeaderboardConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     streams: Annotated[tuple[str, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     orders: int = Field(default=3, ge=1)
     tasks: int | None = Field(default=None, ge=1)
     rows: int | None = Field(default=None, ge=1)

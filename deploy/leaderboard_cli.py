@@ -45,6 +45,7 @@ def leaderboard(
     ),
 ) -> None:
     """Compare rules on the same task vectors: accuracy, order, state, upload and time."""
+    from fedmerge.common.writing import make_folder
     from fedmerge.deploy.cli import parse_rules
     from fedmerge.deploy.leaderboard import LeaderboardConfig, Listener, chosen
     from fedmerge.deploy.leaderboard import leaderboard as run
@@ -65,6 +66,7 @@ def leaderboard(
         "workers": workers,
     }
     config = validated(LeaderboardConfig, {name: value for name, value in given.items() if value is not None})
+    make_folder(out)  # before hours of training
     learnings = sum(len(entry.tasks) for entry in chosen(config)) * len(config.seeds)
     console.print(
         f"streams {stream}; {len(rules)} rules; seeds {seeds}; {orders} orders each", highlight=False

@@ -22,11 +22,11 @@ from fedmerge import __version__
 from fedmerge.client.loading import BUILT_IN
 from fedmerge.client.site import Site, open_site
 from fedmerge.client.tasks import StreamOptions, Task
-from fedmerge.common.errors import FileError
 from fedmerge.common.lookup import find_function
 from fedmerge.common.statistics import Statistics
 from fedmerge.common.taskvector import TaskVector, no_statistics
 from fedmerge.common.vectorfile import load, save
+from fedmerge.common.writing import make_folder
 
 OnLearned = Callable[[str], None]
 """Called with a line of what was done once a vector is there."""
@@ -91,10 +91,7 @@ class Learner:
     def _learn(self, task: Task, needs: Collection[str]) -> TaskVector:
         vector, _ = self.site.learn(task, seed=self.seed, site=f"seed-{self.seed}", needs=needs)
         if path := self.path(task.name):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise FileError("cannot be made", where=path.parent, got=error.strerror) from error
+            make_folder(path.parent)
             save(vector, path)
         return vector
 

@@ -22,10 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedmerge.client.loading import first_tasks, load_stream
 from fedmerge.client.tasks import Stream, StreamOptions
 from fedmerge.common.base import Base
-from fedmerge.common.config import Partition
+from fedmerge.common.config import Partition, Seed
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.machine import cores
 from fedmerge.common.score import pooled
+from fedmerge.common.writing import make_folder
 from fedmerge.deploy.progress import RunProgress
 from fedmerge.deploy.report.results import Failure, MergeRow, Results, RuleResults, SiteTraffic, save
 from fedmerge.server.app import EngineConfig, run_federation, save_merged
@@ -68,7 +69,7 @@ class SimulationConfig(BaseModel):
     sites_per_task: int = Field(default=1, ge=1)
     partition: Partition = "iid"
     rounds: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     rows: int | None = Field(default=None, ge=1)
     actors: int = Field(default=1, ge=1)
     workers: int | None = Field(default=None, ge=1)
@@ -103,7 +104,7 @@ def simulate(config: SimulationConfig, rules: Sequence[Rule], out: Path, progres
         timeout_seconds=config.timeout_seconds,
     )
     history = History(progress.follow)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     set_up = time.perf_counter() - clock
     trainings = len(tasks) * config.sites_per_task * config.rounds
     scorings = (len(tasks) + 1) * min(config.sites, len(tasks) * config.sites_per_task)

@@ -38,7 +38,7 @@ def combine(
     Raises:
         StatisticsMissing: naming the site's vector, the statistic and, if others bring it, the layer.
     """
-    if len(vectors) == 1 and set(vectors[0].manifest.statistics) <= set(needs):
+    if len(vectors) == 1 and set(vectors[0].manifest.statistics) == set(needs):
         return vectors[0]
     total = sum(weights)
     shares = [weight / total for weight in weights]

@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedmerge import __version__
 from fedmerge.common import wire
 from fedmerge.common.base import Base
-from fedmerge.common.config import Partition
+from fedmerge.common.config import Partition, Seed
 from fedmerge.common.errors import BaseMismatch, ConfigError, FedmergeError, StatisticsMissing
 from fedmerge.common.score import Score, pooled
+from fedmerge.common.statistics import statistics_of
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.common.wire import EvaluateJob, Hello, TrainJob
@@ -31,7 +32,9 @@ from fedmerge.server.admission import LIMITS, MAX_EXAMPLES, BaseNorms, Limits, a
 from fedmerge.server.combine import add_vectors, combine
 from fedmerge.server.history import History
 from fedmerge.server.mailbox import Mailbox, Reply, Request
+from fedmerge.server.merge.rule import Rule
 from fedmerge.server.model import GlobalModel
+from fedmerge.server.needs import check_needs
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -58,7 +61,7 @@ class FederationConfig(BaseModel):
     rounds: Positive = 1
     sites_per_task: Positive = 1
     partition: Partition = "iid"
-    seed: int = 0
+    seed: Seed = 0
     min_sites: Positive = 1
     wait_seconds: Seconds = 120.0
     timeout_seconds: Seconds = 3600.0
@@ -287,6 +290,10 @@ class Federation:
         """Whether the statistics that the rules need come with the round that a task is in."""
         return run.round == self.config.rounds
 
+    def _asking(self, run: TaskRun) -> list[Rule]:
+        """The rules whose needs the vectors of that round must meet."""
+        return [model.engine.rule for model in self.models.values()] if self._asks(run) else []
+
     def _receive(self, reply: Reply, key: _Train) -> None:
         """One site's answer to a training request: admitted, refused or missing."""
         run, node = self.runs[key.run], reply.request.node
@@ -305,8 +312,7 @@ class Federation:
     def _admit(self, run: TaskRun, node: int, label: str, content: RecordDict, seconds: float) -> None:
         where = f"update of {label}"
         vector = wire.unpack_vector(content, wire.VECTOR, where=where)
-        rules = [model.engine.rule for model in self.models.values()] if self._asks(run) else []
-        admit(vector, self.base, self._norms, self._limits, task=run.task, rules=rules)
+        admit(vector, self.base, self._norms, self._limits, task=run.task, rules=self._asking(run))
         metrics: Mapping[str, object] = content.metric_records.get(wire.METRICS, {})
         examples = weight(metrics.get("num-examples"), where=where, cap=self.config.max_examples)
         # What is recorded and merged is what was admitted, not what the site claims in its file.
@@ -322,7 +328,7 @@ class Federation:
             round=run.round,
             examples=examples,
             bytes_up=wire.bytes_in(content),
-            statistics_bytes=wire.statistics_bytes(vector),
+            statistics_bytes=statistics_of(vector).payload_bytes,
             seconds=round(seconds, 3),
             train_seconds=_number(metrics.get("train-seconds")),
             score_seconds=_number(metrics.get("score-seconds")),
@@ -348,11 +354,16 @@ class Federation:
         self._merge_in_order()
 
     def _add_round(self, run: TaskRun) -> None:
-        """What the sites of a round have learned, on top of the rounds before."""
+        """What the sites of a round have learned, on top of the rounds before.
+
+        Raises:
+            StatisticsMissing: sites do not bring the same ones, or a layer moved before the last round alone.
+        """
         ordered = [run.arrived[site.node] for site in run.sites if site.node in run.arrived]
         needs = self._needs if self._asks(run) else ()
         step = combine([vector for vector, _ in ordered], [count for _, count in ordered], needs)
         run.moved = step if run.moved is None else add_vectors(run.moved, step).in_memory()
+        check_needs(run.moved, self.base, self._asking(run), f"task {run.task!r}")
         run.taught |= set(run.arrived)
         run.learned_by = [site.label for site in run.sites if site.node in run.taught]
 

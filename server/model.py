@@ -52,8 +52,14 @@ class GlobalModel:
     ) -> Version:
         """Merges one admitted vector; on error the model and its versions are as before."""
         started = time.perf_counter()
-        totals = self.engine.merge(vector, on_layer)
+        totals = self.engine.absorb(vector, on_layer)
         seconds = time.perf_counter() - started
+        try:
+            merged_norm = self.engine.pending().norm()
+        except BaseException:
+            self.engine.abandon()
+            raise
+        self.engine.commit()
         rule = self.engine.rule
         version = Version(
             number=totals.merges,
@@ -63,7 +69,7 @@ class GlobalModel:
             scale=rule.scale(totals),
             lambda_t=rule.lambda_t(totals),
             update_norm=totals.update_norm,
-            merged_norm=self.engine.merged_norm(),
+            merged_norm=merged_norm,
             absorb_seconds=seconds,
         )
         self.versions.append(version)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedmerge.common.config import Seed
 from fedmerge.common.ranges import MAX_MESSAGE_BYTES, RANGE_BYTES
 from fedmerge.common.records import Dtype
 from fedmerge.server.admission import LIMITS
@@ -48,7 +49,7 @@ class ServingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = 0
+    seed: Seed = 0
     announce_seconds: Seconds = 30.0
     ask_again_seconds: Seconds = 600.0
     timeout_seconds: Seconds = 3600.0

@@ -123,8 +123,9 @@ def print_rules(result: RulesBench, console: Console) -> None:
         title=f"Rules on {result.shape}: {result.parameters / 1e6:.2f} M parameters, {result.vectors}"
     )
     headers = ("rule", "prepare s", "absorb s", "read s", "arrival / OPCM", "with prepare / OPCM", "state MB")
-    for header in headers:
-        table.add_column(header, justify="left" if header == "rule" else "right")
+    table.add_column(headers[0], no_wrap=True)
+    for header in headers[1:]:
+        table.add_column(header, justify="right")
     for cost in sorted(result.costs, key=lambda cost: cost.arrival):
         table.add_row(
             cost.rule,

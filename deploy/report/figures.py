@@ -44,6 +44,7 @@ UP, DOWN = "#0072B2", "#E69F00"
 WIDTH = 10.5  # inches; the report's column
 MAX_NAME = 18  # letters of a task's or site's name in a figure
 MAX_BARS_IN_A_ROW = 48
+LEGEND_LINE = 0.21  # inches
 
 
 @dataclass(frozen=True)
@@ -430,5 +431,9 @@ def grid(ax: Axes, axis: str) -> None:
 
 
 def _legend_right(ax: Axes) -> None:
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
+    """What is drawn in these axes, beside the whole figure, which grows where that is long."""
+    figure, (handles, labels) = ax.figure, ax.get_legend_handles_labels()
+    assert isinstance(figure, Figure)
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+        figure.set_figheight(max(figure.get_figheight(), 0.3 + LEGEND_LINE * len(handles)))

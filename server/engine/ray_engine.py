@@ -77,7 +77,7 @@ class ShardActor:
 
     def settle(self, totals: Totals, pending: bool, names: list[str]) -> None:
         for name in names:
-            self._shard.read(name, totals, pending)
+            self._shard.settle(name, totals, pending)
 
     def untouched(self, names: list[str]) -> list[LayerSums]:
         return [self._shard.untouched(name) for name in names]
@@ -245,9 +245,9 @@ class RayEngine(Engine):
             sums |= zip(kept, self._call(place, "untouched", kept), strict=True)
         return sums | self._ask_everywhere(_absorb, step, on_layer)
 
-    def _measure_layers(self, step: Step) -> list[Tensor]:
+    def _measure_layers(self, step: Step) -> dict[str, Tensor]:
         found = self._ask_everywhere(_measure, step, lambda _: None)
-        return [_tensor(found[name]) for name in step.update.names]
+        return {name: _tensor(values) for name, values in found.items()}
 
     def _ask_everywhere(
         self, ask: Callable[[_Place, str, Step], Any], step: Step, on_layer: OnLayer
@@ -256,6 +256,9 @@ class RayEngine(Engine):
         brought = frozenset(step.update.names)
         answers: dict[str, Any] = {}
         feeds = [_Feed(place, brought, ask) for place in self._places]
+        for place in self._places:
+            place.losses = 0
+            self._ensure_alive(place)
         while any(feed.busy for feed in feeds):
             for feed in feeds:
                 feed.send(step)

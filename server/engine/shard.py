@@ -59,19 +59,19 @@ class Shard:
         return LayerSums(0.0, self.squares.get(name, 0.0))
 
     def finish(self) -> None:
-        """Makes the pending states current."""
+        """Makes the pending states current, and what was read of them; what was read before is let go."""
         for name, (state, square) in self._pending.items():
             self.states[name], self.squares[name] = state, square
             self._prepared.pop(name, None)
         self._pending = {}
-        coming = {(name, False): found for (name, pending), found in self._read_out.items() if pending}
-        self._read_out |= coming
-        self._forget_pending_reads()
+        self._read_out = {
+            (name, False): found for (name, pending), found in self._read_out.items() if pending
+        }
 
     def abandon(self) -> None:
         """Forgets the pending states; the current ones were never touched."""
         self._pending = {}
-        self._forget_pending_reads()
+        self._read_out = {key: found for key, found in self._read_out.items() if not key[1]}
 
     def prepare(self, name: str) -> None:
         """Factorises one layer's state for the next arrival, unless that was done."""
@@ -80,17 +80,21 @@ class Shard:
                 self._prepared[name] = self.rule.prepare(self._state(name))
 
     def read(self, name: str, totals: Totals, pending: bool = False) -> Tensor:
-        """The merged task vector of one layer, in the layer's shape, float32, on the CPU.
+        """The merged task vector of one layer, in the layer's shape, float32, contiguous, on the CPU.
 
         Args:
             pending: of the state that :meth:`finish` will make current, where there is one.
         """
         if not self.rule.heavy:
             return self._read(name, totals, pending)
+        self.settle(name, totals, pending)
+        return self._read_out[name, pending][1].clone()
+
+    def settle(self, name: str, totals: Totals, pending: bool = False) -> None:
+        """Reads one layer out ahead of :meth:`read` and keeps it, unless that was done."""
         found = self._read_out.get((name, pending))
         if found is None or found[0] != totals:
-            found = self._read_out[name, pending] = totals, self._read(name, totals, pending)
-        return found[1].clone()
+            self._read_out[name, pending] = totals, self._read(name, totals, pending)
 
     def state(self, name: str) -> State:
         """A touched layer's state with its tensors on the CPU."""
@@ -112,11 +116,8 @@ class Shard:
     def _read(self, name: str, totals: Totals, pending: bool) -> Tensor:
         coming = self._pending.get(name) if pending else None
         state = self._state(name) if coming is None else coming[0]
-        with factorising_model(name):
-            return self.rule.read(state, totals).reshape(self.layers[name].shape).cpu()
-
-    def _forget_pending_reads(self) -> None:
-        self._read_out = {key: found for key, found in self._read_out.items() if not key[1]}
+        with factorising_model(name) if coming is None else factorising(name):
+            return self.rule.read(state, totals).reshape(self.layers[name].shape).cpu().contiguous()
 
     def _state(self, name: str) -> State:
         """A layer's state; one that no update has touched takes no memory between calls."""

@@ -1,4 +1,4 @@
-"""What rules that look at single entries share."""
+"""An update's entries, whichever way it was sent."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def input_gram_term(
     """
     left_MR, rows_RN = reduced(update, shape)
     if factor_SN is None:
-        gram_NN = torch.eye(shape[1], dtype=torch.float64)
+        gram_NN = torch.eye(shape[1], dtype=torch.float64, device=rows_RN.device)
         return GramTerm(gram_NN, lifted(left_MR, rows_RN))
     factor_SN = factor_SN.double()
     gram_NN = lower_gram(factor_SN.T)

@@ -11,24 +11,20 @@ Departures from the paper:
   the same for layers and tasks of any size.
 - Vectors (biases, norms, embeddings) are merged as they are.
 
-Legend: M out rows, N in columns, K rank, R rank of the update.
+Legend: M out rows, N in columns, K rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from fedmerge.common.layers import LayerKind, LayerSpec
 from fedmerge.common.taskvector import LayerUpdate, LowRank
-from fedmerge.server.merge.elementwise import values_of
-from fedmerge.server.merge.opcm import MatrixSum
 from fedmerge.server.merge.rule import ALONE, Context, Totals
-from fedmerge.server.merge.spectrum import Spectrum, spectrum_of
-from fedmerge.server.merge.sums import RunningSum, SumRule, added
+from fedmerge.server.merge.spectrum import spectrum_of_update
+from fedmerge.server.merge.sums import MatrixSum, RunningSum, SumRule
 
 
 class Lore(SumRule):
@@ -56,10 +52,10 @@ class Lore(SumRule):
     def absorb(
         self, state: RunningSum, prepared: None, update: LayerUpdate, context: Context = ALONE
     ) -> RunningSum:
-        return _plus(state, self._estimate(state, update))
+        return state.plus(self._estimate(state, update))
 
     def remove(self, state: RunningSum, update: LayerUpdate, context: Context = ALONE) -> RunningSum:
-        return _plus(state, self._estimate(state, update).times(-1.0))
+        return state.minus(self._estimate(state, update))
 
     def scale(self, totals: Totals) -> float:
         if not totals.merges:
@@ -71,23 +67,9 @@ class Lore(SumRule):
         if not isinstance(state, MatrixSum):
             return update
         shape = tuple(state.sum_MN.shape)
-        found = _spectrum(update, shape)
+        found = spectrum_of_update(update, shape)
         threshold = self.mu * float(found.values_K[:1].sum()) if self.unit == "largest" else self.mu
         kept = found.leading(int((found.values_K > threshold).sum()))
         left_MK = kept.left_MK * (kept.values_K - threshold)
         dtype = update.tensors()[0].dtype
         return LowRank(left_MK.to(dtype), kept.right_KN.to(dtype), shape)
-
-
-def _plus(state: RunningSum, estimate: LayerUpdate) -> RunningSum:
-    return replace(state, sum_MN=added(state.sum_MN.to(estimate.tensors()[0].dtype), estimate))
-
-
-def _spectrum(update: LayerUpdate, shape: tuple[int, ...]) -> Spectrum:
-    """Singular directions of an update in float64; of factors by way of their R x R core."""
-    if not isinstance(update, LowRank) or update.rank >= min(shape):
-        return spectrum_of(values_of(update, shape))
-    left_MR, upper_RR = torch.linalg.qr(update.left_MR.double())
-    right_NR, lower_RR = torch.linalg.qr(update.right_RN.double().T)
-    core = spectrum_of(upper_RR @ lower_RR.T)
-    return Spectrum(left_MR @ core.left_MK, core.values_K, core.right_KN @ right_NR.T)

@@ -37,7 +37,7 @@ from fedmerge.common.layers import LayerKind, LayerSpec
 from fedmerge.common.taskvector import LayerUpdate, LowRank
 from fedmerge.server.merge.rule import ALONE, Context, Rule, Totals
 from fedmerge.server.merge.spectrum import Spectrum, spectrum_of, split_of
-from fedmerge.server.merge.sums import RunningSum, added
+from fedmerge.server.merge.sums import MatrixSum, RunningSum, added
 
 NEGLIGIBLE = 1e-10
 """Share of a factor's norm below which a direction outside the known ones is rounding."""
@@ -47,11 +47,6 @@ CANCELLATION = 0.5
 
 FLOAT64_PER_FLOAT32 = 2
 """Bytes of a factored sum's entry over those of a dense sum's."""
-
-
-@dataclass(frozen=True)
-class MatrixSum(RunningSum):
-    """The dense running sum of a matrix layer; of one row too, where a vector layer is never projected."""
 
 
 @dataclass(frozen=True)

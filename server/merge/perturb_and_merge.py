@@ -92,4 +92,4 @@ def _alpha(context: Context) -> float:
 
 
 def _dot(a_MN: Tensor, b_MN: Tensor) -> Tensor:
-    return (a_MN * b_MN).sum(dtype=torch.float64)
+    return (a_MN.double() * b_MN).sum()

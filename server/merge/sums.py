@@ -1,13 +1,14 @@
 """Running sums: the state of every rule that only adds.
 
-Sums are float32 like the vectors themselves; their squares are summed in float64.
+Sums are float32 like the vectors themselves unless a rule says otherwise; their squares are summed in
+float64.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,20 +25,25 @@ class RunningSum:
     sum_MN: Tensor
 
     @classmethod
-    def zero(cls, layer: LayerSpec) -> RunningSum:
+    def zero(cls, layer: LayerSpec) -> Self:
         return cls(torch.zeros(layer.matrix_shape))
 
     def sum_of_squares(self) -> float:
         return float(torch.linalg.vector_norm(self.sum_MN, dtype=torch.float64)) ** 2
 
-    def plus(self, update: LayerUpdate) -> RunningSum:
-        return RunningSum(added(self.sum_MN, update))
+    def plus(self, update: LayerUpdate) -> Self:
+        return replace(self, sum_MN=added(self.sum_MN, update))
 
-    def minus(self, update: LayerUpdate) -> RunningSum:
-        return RunningSum(added(self.sum_MN, update.times(-1.0)))
+    def minus(self, update: LayerUpdate) -> Self:
+        return self.plus(update.times(-1.0))
 
     def read(self, scale: float) -> Tensor:
         return self.sum_MN * scale
+
+
+@dataclass(frozen=True)
+class MatrixSum(RunningSum):
+    """The sum of a matrix layer, for rules that read it otherwise than a vector layer's."""
 
 
 class SumRule(Rule):
@@ -66,12 +72,13 @@ class SumRule(Rule):
 
 
 def added(sum_MN: Tensor, update: LayerUpdate) -> Tensor:
-    """``S + D`` as a new tensor; a low-rank D is never built on its own.
+    """``S + D`` as a new tensor, in the wider dtype of both; a low-rank D is never built on its own.
 
     A vector layer's sum is one row; factors, as of an adapted embedding, have the layer's own shape.
     """
     if isinstance(update, LowRank):
         left_MR, right_RN = update.tensors()
-        sum_own = sum_MN.reshape(left_MR.shape[0], right_RN.shape[1])
-        return torch.addmm(sum_own, left_MR, right_RN).reshape(sum_MN.shape)
+        dtype = torch.promote_types(sum_MN.dtype, left_MR.dtype)
+        sum_own = sum_MN.to(dtype).reshape(left_MR.shape[0], right_RN.shape[1])
+        return torch.addmm(sum_own, left_MR.to(dtype), right_RN.to(dtype)).reshape(sum_MN.shape)
     return sum_MN + update.values.reshape(sum_MN.shape)

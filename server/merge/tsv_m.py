@@ -24,7 +24,7 @@ Departures from the published code:
 Where singular values tie at the cut, rounding decides which stays, as in the published code. Vector layers
 are averaged, as published.
 
-Legend: M out rows, N in columns, K triplets, R rank of an update.
+Legend: M out rows, N in columns, K triplets.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedmerge.common.layers import LayerKind, LayerSpec
-from fedmerge.common.taskvector import LayerUpdate, LowRank
+from fedmerge.common.taskvector import LayerUpdate
 from fedmerge.server.merge.rule import ALONE, Context, Rule, State, Totals
-from fedmerge.server.merge.spectrum import Spectrum, spectrum_of
+from fedmerge.server.merge.spectrum import Spectrum, spectrum_of_update
 from fedmerge.server.merge.sums import RunningSum
 
 COINCIDENT = 1e-10
@@ -88,7 +88,7 @@ class Triplets:
         """With another task's, in ``slots`` slots; where they do not suffice the strongest stay."""
         values_K = torch.cat([self.values_K, own.values_K])
         order = values_K.argsort(descending=True, stable=True)[:slots]
-        place_K = torch.cat([self.place_K, torch.arange(own.rank)])
+        place_K = torch.cat([self.place_K, torch.arange(own.rank, device=self.place_K.device)])
         empty = (0, slots - len(order))
         return Triplets(
             pad(torch.cat([self.left_MK, own.left_MK], 1)[:, order], empty),
@@ -119,7 +119,7 @@ class TsvM(Rule):
         if not isinstance(state, Triplets):
             return state.plus(update)  # type: ignore[no-any-return]
         share = share_of(state.slots, context.merges + 1)
-        own = triplets_of(update, (state.left_MK.shape[0], state.right_KN.shape[1]))
+        own = spectrum_of_update(update, (state.left_MK.shape[0], state.right_KN.shape[1]))
         return state.within(share).joined(own.leading(share).rounded(), state.slots)
 
     def read(self, state: Any, totals: Totals) -> Tensor:
@@ -133,16 +133,6 @@ class TsvM(Rule):
 def share_of(slots: int, tasks: int) -> int:
     """How many triplets each of so many tasks keeps."""
     return max(slots // tasks, 1)
-
-
-def triplets_of(update: LayerUpdate, shape: tuple[int, int]) -> Spectrum:
-    """The singular triplets of a task vector as (M, N); of factors, from their R x R core."""
-    if not isinstance(update, LowRank) or update.rank >= min(shape):
-        return spectrum_of(update.to_dense().reshape(shape))
-    left_MR, left_RR = torch.linalg.qr(update.left_MR.double())
-    right_NR, right_RR = torch.linalg.qr(update.right_RN.double().T)
-    core = spectrum_of(left_RR @ right_RR.T)
-    return Spectrum(left_MR @ core.left_MK, core.values_K, core.right_KN @ right_NR.T)
 
 
 def _merged(kept: Triplets) -> Tensor:

@@ -322,6 +322,35 @@ class TestKilledForever:
         engine.merge(STREAM[2])
         assert outcome(engine) == unbroken(STREAM[0], STREAM[2])
 
+    def test_a_shard_taken_back_measures_the_next_update_as_it_was(
+        self, ray_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first shard has finished an update that never counted, and lives."""
+
+        def with_fisher(update: TaskVector) -> TaskVector:
+            return replace(
+                update, statistics=lambda name: {"fisher": update.read(name).to_dense().square() + 0.1}
+            )
+
+        def fail_on_the_second(place: Any) -> None:
+            if place is engine._places[1]:
+                raise EngineError("out of order")
+            finish_place(place)
+
+        rule, stream = make_rule("perturb_and_merge"), [with_fisher(update) for update in STREAM[:3]]
+        engine = ray_engine(rule, LAYERS, actors=2)
+        finish_place = engine._finish_place
+        engine.merge(stream[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_finish_place", fail_on_the_second)
+            with pytest.raises(EngineError, match="out of order"):
+                engine.merge(stream[1])
+        engine.merge(stream[2])
+        with LocalEngine(rule, LAYERS, workers=1) as unbroken:
+            unbroken.merge(stream[0])
+            unbroken.merge(stream[2])
+            assert outcome(engine) == outcome(unbroken)
+
     def test_when_asked_anything_gives_up(
         self, engine: Any, monkeypatch: pytest.MonkeyPatch, starts: list[int]
     ) -> None:
@@ -391,7 +420,7 @@ class TestKilledWhileSomethingElseFails:
         """An export is a convenience: without it the next one covers more."""
         engine.merge(STREAM[0])
         for place in engine._places:
-            broken = place.actor.absorb.remote("no such layer", (), False)
+            broken = place.actor.absorb.remote("no such layer", (), False, (0, {}, 0, None))
             module.ray.wait([broken])
             place.exporting = len(place.since), broken
         engine.merge(STREAM[1])

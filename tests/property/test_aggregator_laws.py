@@ -10,8 +10,9 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ import torch
 
 from fedmerge.common.base import Base
 from fedmerge.common.errors import NotFound, NotKept
-from fedmerge.common.records import UpdateState, VersionKind
+from fedmerge.common.layers import LayerKind, LayerSpec
+from fedmerge.common.records import UpdateState, VersionKind, update_id
+from fedmerge.common.statistics import Statistic, Statistics
 from fedmerge.common.taskvector import LayerUpdate, LowRank, Manifest, TaskVector
-from fedmerge.common.vectorfile import load, save
+from fedmerge.common.vectorfile import load, save, to_bytes
 from fedmerge.server.admission import Limits
 from fedmerge.server.aggregator import Aggregator, AggregatorSettings
 from fedmerge.server.engine.engine import Engine
@@ -54,7 +57,7 @@ def task_of(seed: int) -> str:
 
 @cache
 def vector(seed: int) -> TaskVector:
-    """Dense or in factors, of some layers or all."""
+    """Dense or in factors, of some layers or all, with the statistics and the id it has at the server."""
     chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     held: dict[str, torch.Tensor | LayerUpdate] = {}
     for name, layer in BASE.layers.items():
@@ -67,7 +70,23 @@ def vector(seed: int) -> TaskVector:
         else:
             held[name] = 0.05 * torch.randn(layer.shape, generator=generator)
     unchanged = [name for name in BASE.layers if name not in held]
-    return TaskVector.of(held, unchanged, Manifest(BASE.fingerprint, 0, task_of(seed), SITE))
+    listed = tuple(sorted(Statistic))
+    manifest = Manifest(BASE.fingerprint, 0, task_of(seed), SITE, statistics=listed)
+    measured = Statistics.of({name: measured_of(BASE.layers[name], chance) for name in held})
+    made = replace(TaskVector.of(held, unchanged, manifest), statistics=measured)
+    return replace(made, id=update_id(SITE, sha256(to_bytes(made)).hexdigest()))
+
+
+def measured_of(layer: LayerSpec, chance: random.Random) -> dict[str, torch.Tensor]:
+    """Curvatures, and a Gram's factor of low rank for matrices."""
+    generator = torch.Generator().manual_seed(chance.randrange(2**31))
+    found = {
+        str(name): torch.rand(layer.shape, generator=generator) + 0.1
+        for name in (Statistic.FISHER, Statistic.SECOND_MOMENT)
+    }
+    if layer.kind is LayerKind.MATRIX:
+        found[Statistic.INPUT_GRAM] = torch.randn(3, layer.matrix_shape[1], generator=generator)
+    return found
 
 
 def engine_of(rule: str) -> Engine:

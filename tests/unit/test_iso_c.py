@@ -61,6 +61,14 @@ def test_vectors_that_cancel_leave_nothing() -> None:
     assert not found.any()
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e4])
+def test_large_vector_taken_out_leaves_no_directions_behind(size: float) -> None:
+    one, other = (factored(SEED + task, 2, [LAYER]) for task in range(2))
+    large = {"weight": gaussian(SEED + 2, [LAYER])["weight"].times(size)}
+    removed = Fold(IsoC(), [LAYER]).merge(one, large, other).remove(large).read()
+    assert relative_difference(removed, Fold(IsoC(), [LAYER]).merge(one, other).read()) < 1e-5
+
+
 def test_size_of_a_task_vector_scales_the_result_alone() -> None:
     vector = gaussian(SEED, [LAYER])
     once = Fold(IsoC(), [LAYER]).merge(vector).read()["weight"]

@@ -28,6 +28,7 @@ from fedmerge.common.vectorfile import save as save_vector
 from fedmerge.deploy.cli import parse_rules
 from fedmerge.deploy.contest import arrival_orders
 from fedmerge.deploy.leaderboard import LeaderboardConfig, Listener, leaderboard
+from fedmerge.deploy.leaderboard_cli import leaderboard as command
 from fedmerge.deploy.learned import Learner, carrying
 from fedmerge.deploy.report import leaderboard_figures as figures
 from fedmerge.deploy.report.leaderboard import FailedRun, Leaderboard, RuleRun, measured, save
@@ -164,6 +165,7 @@ class TestSettings:
         [
             {"seeds": ("one",)},
             {"seeds": (-1,)},
+            {"seeds": (2**63,)},
             {"seeds": ()},
             {"seeds": (1, 1)},
             {"streams": ("example", "example")},
@@ -174,6 +176,14 @@ class TestSettings:
     def test_what_is_out_of_range_is_refused_by_name(self, settings: dict[str, object]) -> None:
         with pytest.raises(ConfigError, match=rf"setting '{next(iter(settings))}"):
             small(**settings)
+
+    def test_a_folder_that_cannot_be_made_is_told_before_anything_is_learned(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Site, "learn", None)
+        (tmp_path / "file").touch()
+        with pytest.raises(FileError, match="the folder cannot be made"):
+            command(stream="example", rule="average", seeds="0", orders=1, out=tmp_path / "file")
 
     def test_more_orders_than_tasks_allow_are_refused(self) -> None:
         with pytest.raises(
@@ -435,6 +445,19 @@ class TestPage:
         lines = console.export_text().splitlines()
         assert max(map(len, lines)) <= width
         assert all(any(line.split()[:1] == [rule] for line in lines) for rule in RULES)
+
+    def test_eighty_columns_are_enough_for_every_name_and_digit(self) -> None:
+        accs = {0: 0.998, 1: 0.331}
+        runs = [
+            run(rule, [[acc, None], [acc / 4, acc]], seed=seed, seconds=4.7e-4, state_bytes=10**9)
+            for rule, sign in (("opcm", 1), ("perturb_and_merge", -1), ("least_interference", -1))
+            for seed, acc in ((seed, accs[seed if sign > 0 else 1 - seed]) for seed in accs)
+        ]
+        console = Console(width=80, record=True, file=io.StringIO())
+        print_standings(board(runs, [reference()]), console)
+        text = console.export_text()
+        assert "…" not in text
+        assert "least_interference" in text
 
     @pytest.mark.parametrize("figure", [figures.state_cost, figures.time_cost, figures.balance])
     @pytest.mark.parametrize("rules", [RULES, RULES[:1]])

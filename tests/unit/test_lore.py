@@ -84,6 +84,6 @@ def test_factors_of_a_large_layer_are_never_multiplied_out(monkeypatch: pytest.M
     def refuse(*_: object) -> None:
         raise AssertionError("multiplied out")
 
-    monkeypatch.setattr("fedmerge.server.merge.lore.values_of", refuse)
+    monkeypatch.setattr("fedmerge.server.merge.spectrum.values_of", refuse)
     update = LowRank(torch.ones(50, 2), torch.ones(2, 40), (50, 40))
     Fold(Lore(), [matrix(50, 40)]).merge({"weight": update})

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from fedmerge.common.base import Base
-from fedmerge.common.errors import NonFinite, UnknownLayer
+from fedmerge.common.errors import FactorisationFailed, NonFinite, UnknownLayer
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge import make_rule
+from fedmerge.server.merge.spectrum import LinAlgError
 from fedmerge.server.model import GlobalModel
 
 BASE = Base.from_checkpoint({"w": torch.zeros(6, 5), "b": torch.zeros(6)})
@@ -49,6 +50,22 @@ def test_versions_are_numbered_from_one_and_say_who_and_what(model):
     assert (second.task, second.sites, second.examples) == ("task 2", ("ward 8", "ward 9"), 20)
     assert model.versions == [first, second]
     assert min(first.absorb_seconds, second.absorb_seconds) > 0
+
+
+def test_a_version_that_cannot_be_read_out_is_none(model, monkeypatch):
+    model.merge(vector(1))
+    before, totals = to_bytes(model.merged()), model.engine.totals
+
+    def fail(self, state, totals):
+        raise LinAlgError("no convergence")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.engine.rule), "read", fail)
+        with pytest.raises(FactorisationFailed, match="no convergence"):
+            model.merge(vector(2))
+    assert len(model.versions) == 1
+    assert (to_bytes(model.merged()), model.engine.totals) == (before, totals)
+    assert model.merge(vector(3)).number == 2
 
 
 def test_the_norms_are_those_of_the_vectors(model):

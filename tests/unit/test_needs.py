@@ -15,6 +15,7 @@ from local_grid import Fault, LocalGrid, federate, merged_bits, sent_vector, sit
 from serving_bench import Bench, base
 
 from fedmerge.common import wire
+from fedmerge.common.statistics import Statistics
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.deploy.streams.example import build_model
@@ -143,6 +144,26 @@ def test_a_site_that_sends_no_statistics_is_refused_by_name():
     (failed,) = run.history.of("failed")
     assert (failed["site"], failed["phase"]) == ("a", "refused")
     assert "curious asks for fisher" in failed["reason"]
+    assert [merged.task for merged in run.merged] == ["shuffled"]
+
+
+def test_a_layer_that_the_last_round_leaves_alone_stops_its_own_task_and_no_other():
+    """It moved in the first round, so it is merged, and nothing tells how much it matters."""
+
+    def left_alone(content):
+        vector = vector_in(content)
+        kept = [name for name in vector.names if name != LAYERS[-1]]
+        told = Statistics.of({name: vector.statistics(name) for name in kept})
+        values = {name: update for name, update in vector.items() if name in kept}
+        settled = TaskVector.of(values, (*vector.unchanged, LAYERS[-1]), vector.manifest)
+        content[wire.VECTOR] = wire.pack_vector(to_bytes(replace(settled, statistics=told)))
+        return content
+
+    grid = two_sites(Fault(11, wire.TRAIN, nth=2, tamper=left_alone))
+    run = federate(grid, "fisher", rounds=2, evaluate=False)
+    (failed,) = run.history.of("failed")
+    assert (failed["task"], failed["phase"]) == ("plain", "combine")
+    assert f"layer {LAYERS[-1]!r}: rule fisher asks for fisher" in failed["reason"]
     assert [merged.task for merged in run.merged] == ["shuffled"]
 
 

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedmerge.common.layers import LayerKind, LayerSpec
 from fedmerge.common.taskvector import Dense, LowRank
 from fedmerge.deploy.bench.published import Diagonal, PublishedOpcm, published_split
-from fedmerge.server.merge.opcm import FactoredSum, MatrixSum, Opcm
+from fedmerge.server.merge.opcm import FactoredSum, Opcm
 from fedmerge.server.merge.rule import tensors_of
 from fedmerge.server.merge.spectrum import spectrum_of, split_of
+from fedmerge.server.merge.sums import MatrixSum
 
 SEED = 41
 

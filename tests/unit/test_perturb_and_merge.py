@@ -123,3 +123,8 @@ def test_one_alpha_holds_for_the_whole_model() -> None:
 def test_its_fisher_must_be_there() -> None:
     with pytest.raises(KeyError, match="fisher"):
         RULE.measure(RULE.init(LAYER), Dense(torch.zeros(1, 2)), ALONE)
+
+
+def test_the_largest_statistics_and_weights_that_are_let_in_stay_finite() -> None:
+    state = absorbed(([2.0**40, 0.0], [2.0**59, 1.0]), ([0.0, -(2.0**40)], [1.0, 2.0**59]))
+    assert state.merged_MN.tolist() == [[2.0**39, -(2.0**39)]]

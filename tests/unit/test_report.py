@@ -7,6 +7,7 @@ import io
 import re
 from pathlib import Path
 
+import matplotlib as mpl
 import pytest
 from fake_results import RULES, TASKS, fake_results
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from fedmerge.deploy.report import figures
 from fedmerge.deploy.report.console import percent, print_summary
-from fedmerge.deploy.report.page import format_bytes, render, summary, write_report
+from fedmerge.deploy.report.page import SVG_STYLE, format_bytes, render, summary, write_report
 from fedmerge.deploy.report.results import Results, RuleResults
 
 FIGURES = ("acc", "final", "forgetting", "norms", "traffic", "seconds")
@@ -159,6 +160,22 @@ class TestFigures:
         assert isinstance(figure, Figure)
         assert figure.axes[0].get_xlabel()
         assert figure.axes[0].get_ylabel()
+
+    @pytest.mark.parametrize("draw", [figures.norms, figures.accuracy_over_merges], ids=["norms", "acc"])
+    @pytest.mark.parametrize("rules", [1, 24])
+    def test_a_long_legend_fits_and_leaves_the_axes_their_room(self, draw, rules: int) -> None:  # type: ignore[no-untyped-def]
+        results = fake_results(TASKS[:3], [f"rule_{n}_with_a_name" for n in range(rules)])
+        with mpl.rc_context(SVG_STYLE):
+            figure: Figure = draw(results)
+            figure.draw_without_rendering()
+        (legend,) = figure.legends
+        edges, drawn = figure.bbox, legend.get_window_extent()
+        assert edges.y0 <= drawn.y0 < drawn.y1 <= edges.y1
+        assert sum(ax.get_position().height for ax in figure.axes) > 0.5
+        for ax in figure.axes:
+            label = ax.yaxis.label.get_window_extent()
+            assert edges.y0 <= label.y0 < label.y1 <= edges.y1
+            assert ax.get_window_extent().x1 <= drawn.x0
 
     def test_matrices_of_all_rules_share_their_colours(self) -> None:
         results = fake_results()

@@ -9,10 +9,13 @@ import torch
 from engine_contract import LAYERS, NAMES, RULES, vector
 from torch import Tensor
 
+from fedmerge.common.errors import EngineError, FactorisationFailed
 from fedmerge.common.taskvector import LowRank, TaskVector
 from fedmerge.server.engine.shard import Shard, as_update
 from fedmerge.server.merge import make_rule
+from fedmerge.server.merge.iso_c import IsoC
 from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals, tensors_of
+from fedmerge.server.merge.spectrum import LinAlgError
 
 TOTALS = Totals(merges=2, norm_sum=3.0, update_norm=1.5, state_norm=2.5)
 
@@ -185,6 +188,33 @@ def test_pending_states_can_be_read_before_they_are_current(rule: Rule) -> None:
     assert not same(read(shard), coming)
     shard.finish()
     assert same(read(shard), coming)
+
+
+class Unreadable(IsoC):
+    """A rule of which no read-out converges."""
+
+    def read(self, state: State, totals: Totals) -> Tensor:
+        raise LinAlgError("no convergence")
+
+
+def test_read_out_that_fails_is_the_fault_of_the_update_while_that_is_pending() -> None:
+    shard = Shard(Unreadable(), LAYERS)
+    absorb(shard, vector(0, without=NAMES[:1]))
+    with pytest.raises(FactorisationFailed, match=r"no convergence"):
+        shard.read(NAMES[1], TOTALS, pending=True)
+    shard.finish()
+    with pytest.raises(EngineError, match=r"roll back") as caught:
+        shard.read(NAMES[1], TOTALS, pending=True)
+    assert not isinstance(caught.value, FactorisationFailed)
+
+
+def test_read_outs_of_former_versions_are_let_go() -> None:
+    shard = Shard(IsoC(), LAYERS)
+    for seed in range(3):
+        absorb(shard, vector(seed))
+        shard.finish()
+        assert not shard._read_out
+        read(shard)
 
 
 def test_update_comes_back_from_its_tensors() -> None:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fedmerge.common.layers import LayerKind, LayerSpec
 from fedmerge.common.taskvector import Dense
-from fedmerge.server.merge.tsv_m import TsvM, orthogonal, triplets_of
+from fedmerge.server.merge.rule import tensors_of
+from fedmerge.server.merge.spectrum import Spectrum, spectrum_of_update
+from fedmerge.server.merge.tsv_m import Triplets, TsvM, orthogonal
 
 LAYER = LayerSpec("weight", (12, 18), torch.float32, LayerKind.MATRIX)
 
@@ -115,12 +117,20 @@ def test_layer_absent_from_later_updates_is_truncated_at_read_out() -> None:
 @pytest.mark.parametrize("rank", [1, 4, 12, 30])
 def test_triplets_of_factors_are_those_of_their_product(rank: int) -> None:
     update = factored(SEED, rank, [LAYER])["weight"]
-    low = triplets_of(update, (12, 18))
-    dense = triplets_of(Dense(update.to_dense()), (12, 18))
+    low = spectrum_of_update(update, (12, 18))
+    dense = spectrum_of_update(Dense(update.to_dense()), (12, 18))
     assert low.rank == dense.rank == min(rank, 12)
     torch.testing.assert_close(low.values_K, dense.values_K, rtol=1e-5, atol=1e-5)
     product = low.left_MK * low.values_K @ low.right_KN
     torch.testing.assert_close(product.float(), update.to_dense(), rtol=1e-5, atol=1e-5)
+
+
+def test_triplets_are_joined_on_any_device() -> None:
+    state = Triplets.none(LAYER)
+    held = Triplets(**{name: tensor.to("meta") for name, tensor in tensors_of(state).items()})
+    added = Spectrum(held.left_MK[:, :3], held.values_K[:3], held.right_KN[:3])
+    joined = held.joined(added, held.slots)
+    assert {tensor.device.type for tensor in tensors_of(joined).values()} == {"meta"}
 
 
 class TestOrthogonal:

@@ -1,7 +1,6 @@
 """Does what one side packs arrive on the other, and is anything else refused with a reason?"""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from fedmerge.common import wire
 from fedmerge.common.errors import MismatchError, UnsafeFile, VersionMismatch
 from fedmerge.common.ranges import RangeManifest
 from fedmerge.common.score import Score
-from fedmerge.common.statistics import Statistics
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.common.wire import EvaluateJob, Greeting, Hello, Holding, PublishJob, ShardJob, TrainJob
@@ -155,22 +153,6 @@ def test_a_truth_value_cannot_be_a_score():
 @pytest.mark.parametrize("content", [RecordDict(), RecordDict({wire.METRICS: ConfigRecord({"a": 1})})])
 def test_no_metrics_are_no_scores(content):
     assert wire.unpack_scores(content, ["opcm"], ["plain"]) == {}
-
-
-def test_bytes_of_statistics_are_counted_and_a_shared_gram_once():
-    gram, square = torch.ones(2, 3), torch.ones(2, 3)
-    held = {
-        "w": {"input_gram": gram, "fisher": square},
-        "v": {"input_gram": gram, "fisher": square.clone()},
-        "b": {},
-    }
-    layers = {"w": torch.ones(2, 3), "v": torch.ones(2, 3), "b": torch.ones(4)}
-    manifest = Manifest(statistics=("fisher", "input_gram"))
-    with_statistics = replace(TaskVector.of(layers, (), manifest), statistics=Statistics.of(held))
-    assert wire.statistics_bytes(with_statistics) == 3 * 6 * 4
-    content = RecordDict({wire.VECTOR: wire.pack_vector(to_bytes(with_statistics))})
-    assert wire.statistics_bytes(wire.unpack_vector(content, wire.VECTOR, where="test")) == 3 * 6 * 4
-    assert wire.statistics_bytes(vector()) == 0
 
 
 def test_payload_is_counted_over_all_arrays():
