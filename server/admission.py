@@ -67,7 +67,8 @@ class Limits(BaseModel):
     - opcm: ``r R_l`` at t = 1. Later one scalar re-scales the whole model to the mean norm of the updates,
       and where vectors cancel or are projected away what remains is blown up. The model stays within
       ``s W`` of the base, so the whole step, and a single layer's, is at most ``2 s W``; a small layer
-      could thus move by more than ``r R_l``, in the worst case tested by nine times as much.
+      could thus move by more than ``r R_l``, in the worst case tested by nine times as much;
+    - other rules: no bound is worked out here.
 
     An aggregator therefore looks at the step itself before it commits (:func:`check_step`): an update
     that would move a layer by more than ``r R_l`` is held until an admin approves it.

@@ -1,7 +1,10 @@
 """How far can an update move the model, whenever it comes and whatever came before it?
 
+Rules with a bound of their own are held to it. For all others, and again for these, the worker measures the
+step of every layer before it commits one (``check_step``).
+
 Honest vectors move every layer by a tenth of its reference norm, so ten times as much is within the default
-limits and a hundred times is not. The bounds are the ones that ``Limits`` states for every rule.
+limits and a hundred times is not. The bounds are the ones that ``Limits`` states.
 """
 
 from collections.abc import Sequence
@@ -17,12 +20,13 @@ from fedmerge.common.taskvector import LayerUpdate, LowRank, Manifest, TaskVecto
 from fedmerge.server import admission
 from fedmerge.server.admission import BaseNorms, Limits, admit_update
 from fedmerge.server.engine.local import LocalEngine
-from fedmerge.server.merge import RULES, make_rule
+from fedmerge.server.merge import make_rule
 from fedmerge.server.merge.task_arithmetic import TaskArithmetic
 from fedmerge.server.model import GlobalModel
 
 Layers = dict[str, Tensor]
 
+RULES = ("average", "opcm", "task_arithmetic")
 LIMITS = Limits()
 ARRIVALS = 6
 ROUNDING = 1e-4
