@@ -175,7 +175,7 @@ def test_the_record_says_how_the_weights_came_about(run, files):
         "base.safetensors",
     )
     assert found["base_fingerprint"] == Base.from_checkpoint(weights(0)).fingerprint
-    assert set(found["options"]) == {"ridge"}
+    assert set(found["options"]) == {"ridge", "side"}
     assert {kind: sorted(names) for kind, names in found["kinds"].items()} == {
         "matrix": ["body.weight", "brain.weight", "half.weight", "head.weight"],
         "vector": ["body.bias"],

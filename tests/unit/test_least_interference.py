@@ -1,4 +1,4 @@
-"""Least interference on the longer side: against its objective, worked by hand, and between its two ends."""
+"""Least interference on both sides: against its objective, worked by hand, and between its two ends."""
 
 from __future__ import annotations
 
@@ -33,35 +33,51 @@ def on_outputs(ridge: float, vectors: list[Tensor]) -> Tensor:
 class TestLeastInterference(RuleContract):
     """The reference solves the stacked least-squares problem by an SVD."""
 
-    rules = (LeastInterference(), LeastInterference(ridge=10.0))
+    rules = (LeastInterference(), LeastInterference(ridge=10.0), LeastInterference(side="longer"))
 
     def layer_reference(self, rule, layer, vectors, contexts):
         if layer.kind is LayerKind.VECTOR:
             return sum(vectors) / len(vectors)
         rows, columns = layer.matrix_shape
-        if columns > rows:
-            return on_outputs(rule.ridge, [vector.T for vector in vectors]).T
-        return on_outputs(rule.ridge, vectors)
+        outputs = on_outputs(rule.ridge, vectors)
+        inputs = on_outputs(rule.ridge, [vector.T for vector in vectors]).T
+        if rule.side == "both":
+            return (inputs + outputs) / 2
+        return inputs if columns > rows else outputs
 
 
 def test_tasks_that_write_to_different_outputs_are_summed() -> None:
     """C_1 = diag(1, 0) and C_2 = diag(0, 1); with ridge / M = 0.05, D_1 keeps (1 + 0.05) / (1 + 0.1)."""
-    found = merged(LeastInterference(ridge=0.1), [[2.0, 5.0], [0.0, 0.0]], [[0.0, 0.0], [4.0, 3.0]])
+    found = merged(
+        LeastInterference(ridge=0.1, side="longer"), [[2.0, 5.0], [0.0, 0.0]], [[0.0, 0.0], [4.0, 3.0]]
+    )
     kept = 1.05 / 1.1
     torch.testing.assert_close(found, torch.tensor([[2 * kept, 5 * kept], [4 * kept, 3 * kept]]))
 
 
 def test_an_output_two_tasks_write_to_is_averaged_by_their_share_of_it() -> None:
     """C_1 = diag(1, 0); D_2 = [[3, 0], [0, 4]] has C_2 = diag(9, 16) / 25: (1 * 1 + 0.36 * 3) / 1.36."""
-    found = merged(LeastInterference(ridge=1e-6), [[1.0, 0.0], [0.0, 0.0]], [[3.0, 0.0], [0.0, 4.0]])
+    rule = LeastInterference(ridge=1e-6, side="longer")
+    found = merged(rule, [[1.0, 0.0], [0.0, 0.0]], [[3.0, 0.0], [0.0, 4.0]])
     wanted = torch.tensor([[(1 + 0.36 * 3) / 1.36, 0.0], [0.0, 4.0]])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_tasks_that_read_different_inputs_and_write_to_one_output_share_it() -> None:
-    """What sets it apart from WUDI, which would give their sum [[2, 3], [0, 0]]."""
-    found = merged(LeastInterference(ridge=1e-6), [[2.0, 0.0], [0.0, 0.0]], [[0.0, 3.0], [0.0, 0.0]])
-    torch.testing.assert_close(found, torch.tensor([[1.0, 1.5], [0.0, 0.0]]), rtol=1e-5, atol=1e-5)
+def test_tasks_that_read_different_inputs_and_write_to_one_output_share_it_on_one_side() -> None:
+    """Inputs give their sum [[2, 3], [0, 0]], as WUDI does, outputs half of it; both sides three quarters."""
+    vectors = [[2.0, 0.0], [0.0, 0.0]], [[0.0, 3.0], [0.0, 0.0]]
+    outputs = merged(LeastInterference(ridge=1e-6, side="longer"), *vectors)
+    torch.testing.assert_close(outputs, torch.tensor([[1.0, 1.5], [0.0, 0.0]]), rtol=1e-5, atol=1e-5)
+    both = merged(LeastInterference(ridge=1e-6), *vectors)
+    torch.testing.assert_close(both, torch.tensor([[1.5, 2.25], [0.0, 0.0]]), rtol=1e-5, atol=1e-5)
+
+
+def test_transposed_vectors_give_the_transposed_model() -> None:
+    vectors = [gaussian(SEED + task, [TALL]) for task in range(3)]
+    turned = [{"weight": Dense(v["weight"].values.T.contiguous())} for v in vectors]
+    there = Fold(LeastInterference(), [TALL]).merge(*vectors).read()["weight"]
+    back = Fold(LeastInterference(), [WIDE]).merge(*turned).read()["weight"]
+    torch.testing.assert_close(back.T, there)
 
 
 def test_no_change_of_the_merged_matrix_lowers_the_objective() -> None:
@@ -71,7 +87,9 @@ def test_no_change_of_the_merged_matrix_lowers_the_objective() -> None:
     def gradient(at: Tensor) -> float:
         return float(sum(d @ d.T @ (at - d) / d.square().sum() for d in matrices).norm())
 
-    best = Fold(LeastInterference(ridge=1e-6), [TALL]).merge(*vectors).read()["weight"].double()
+    best = (
+        Fold(LeastInterference(ridge=1e-6, side="longer"), [TALL]).merge(*vectors).read()["weight"].double()
+    )
     assert gradient(best) < 1e-5 * gradient(sum(matrices))
 
 
@@ -89,9 +107,10 @@ def test_large_ridge_gives_the_mean() -> None:
     assert relative_difference(found, mean) < 1e-5
 
 
-def test_wide_layers_are_merged_on_their_inputs() -> None:
+def test_the_longer_side_of_a_wide_layer_is_its_inputs() -> None:
     vectors = [gaussian(SEED + task, [WIDE]) for task in range(3)]
-    ours, theirs = (Fold(rule, [WIDE]).merge(*vectors).read() for rule in (LeastInterference(), Wudi()))
+    rules = LeastInterference(side="longer"), Wudi()
+    ours, theirs = (Fold(rule, [WIDE]).merge(*vectors).read() for rule in rules)
     assert torch.equal(ours["weight"], theirs["weight"])
 
 
@@ -99,9 +118,14 @@ def test_wide_layers_are_merged_on_their_inputs() -> None:
 def test_state_of_a_matrix_layer_has_the_documented_size(layer: LayerSpec) -> None:
     rows, columns = layer.shape
     for arrival in (gaussian(SEED, [layer]), factored(SEED, 1, [layer])):
-        state = Fold(LeastInterference(), [layer]).merge(arrival).states["weight"]
-        held = sum(tensor.nbytes for tensor in tensors_of(state).values())
-        assert held == 8 * rows * columns + 4 * max(rows, columns) * (max(rows, columns) + 1)
+        longer, both = (
+            sum(tensor.nbytes for tensor in tensors_of(state).values())
+            for side in ("longer", "both")
+            for state in [Fold(LeastInterference(side=side), [layer]).merge(arrival).states["weight"]]
+        )
+        long = max(rows, columns)
+        assert longer == 8 * rows * columns + 4 * long * (long + 1)
+        assert both == 16 * rows * columns + 4 * rows * (rows + 1) + 4 * columns * (columns + 1)
 
 
 @pytest.mark.parametrize("ridge", [0.0, -1.0, 1e7, float("nan")])
