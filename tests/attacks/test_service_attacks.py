@@ -28,7 +28,7 @@ from fedmerge.server.service.access import CertificateAccess
 from fedmerge.server.service.server import Listener, Service
 from fedmerge.server.service.settings import ServiceSettings
 
-SECONDS = 20
+SECONDS = 60
 HONEST, ATTACKER = "sites/hospital-1", "sites/hospital-2"
 
 
@@ -133,7 +133,7 @@ def test_one_site_has_only_so_many_calls_under_way(
     serve: Callable[..., str],
     connect: Callable[[str, str], grpc.Channel],
 ) -> None:
-    address = serve()
+    address = serve(idle_seconds=10 * SECONDS)
     attacker, honest = connect(address, ATTACKER), connect(address, HONEST)
     with silent() as requests:
         open_calls = [attack(attacker, requests()) for _ in range(3)]
