@@ -331,7 +331,7 @@ class Aggregator:
     def remove(self, task: str, *, by: str) -> VersionRecord:
         """Takes a task out of the current model, as a new version.
 
-        Rules that are order-free subtract its vectors; others go back to the version before the task and
+        Rules whose state is a sum subtract its vectors; others go back to the version before the task and
         merge everything since again, without it.
 
         Raises:
