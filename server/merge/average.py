@@ -14,4 +14,4 @@ class Average(SumRule):
     name: ClassVar[str] = "average"
 
     def scale(self, totals: Totals) -> float:
-        return 1.0 / totals.merges if totals.merges else 0.0
+        return totals.share

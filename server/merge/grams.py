@@ -110,7 +110,7 @@ class GramRule(Rule):
         return self.read_vector(state, totals)
 
     def read_vector(self, state: Any, totals: Totals) -> Tensor:
-        mean: Tensor = state.read(1.0 / totals.merges if totals.merges else 0.0)
+        mean: Tensor = state.read(totals.share)
         return mean
 
     @abstractmethod

@@ -97,6 +97,11 @@ class Totals:
         )
 
     @property
+    def share(self) -> float:
+        """A task's share of a mean over all of them, 1 / T; 0 before the first."""
+        return 1.0 / self.merges if self.merges else 0.0
+
+    @property
     def mean_norm(self) -> float:
         """Mean of the task vectors' norms; 0 before the first."""
         return self.norm_sum / self.merges if self.merges else 0.0

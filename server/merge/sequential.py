@@ -57,7 +57,7 @@ class SequentialRule(Rule):
     def read(self, state: SequentialState, totals: Totals) -> Tensor:
         if isinstance(state, MergedMatrix):
             return state.merged_MN.clone()
-        return state.read(1.0 / totals.merges if totals.merges else 0.0)
+        return state.read(totals.share)
 
     def prepare_matrix(self, merged_MN: Tensor) -> Any:
         """What a step needs that depends on the merged matrix alone; None when nothing does."""

@@ -92,7 +92,7 @@ class Svc(Rule):
     def read(self, state: Any, totals: Totals) -> Tensor:
         if isinstance(state, ResponseSum):
             return self.scale(totals) * calibrated(state, self.alpha)
-        mean: Tensor = state.read(1.0 / totals.merges if totals.merges else 0.0)
+        mean: Tensor = state.read(totals.share)
         return mean
 
 
