@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -20,12 +20,16 @@ Batch = Any
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One local fine-tuning run: AdamW, linear warm-up over a tenth of the steps, then linear decay.
+    """One local fine-tuning run: AdamW by default, warm-up over a tenth of the steps, then linear decay.
 
     Attributes:
         steps: optimizer steps, at least 1. Data are reshuffled and repeated as needed.
-        batch_size: examples per step; ``eval_batch_size`` when scoring.
-        learning_rate: peak rate; ``weight_decay``: AdamW's.
+        epochs: passes over the site's training examples, at least 1; takes the place of ``steps``.
+        batch_size: examples per forward pass; ``eval_batch_size`` when scoring.
+        accumulate: forward passes per optimizer step, at least 1.
+        optimizer: ``adamw`` or ``sgd``, with ``momentum``; ``weight_decay``: the optimizer's own.
+        learning_rate: peak rate. ``schedule``: ``linear`` as above, or ``constant``.
+        precision: ``full``; ``bf16`` and ``fp16`` compute the forward pass in that type where it is safe.
         max_grad_norm: gradient clipping over all parameters as if concatenated; 0 switches it off.
         frozen: shell-style patterns of parameters that are not trained and not sent.
         statistics_examples: training examples that statistics are measured on, where a merge rule needs
@@ -40,6 +44,12 @@ class TrainingConfig:
     learning_rate: float = 5e-5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    epochs: int | None = None
+    accumulate: int = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.0
+    schedule: Literal["linear", "constant"] = "linear"
+    precision: Literal["full", "bf16", "fp16"] = "full"
     frozen: tuple[str, ...] = ()
     statistics_examples: int = 64
     gram_energy: float = 0.9999

@@ -1,0 +1,94 @@
+"""What a training option is: a small piece that changes one thing about the plain loop.
+
+The loop of :mod:`fedmerge.client.training` calls its options at four places, in the order of ``OPTIONS``::
+
+    with option:                                # once around the run: before the optimizer is made, and after
+        for every optimizer step:
+            for every micro-batch:
+                with option.perturbed():        # where the loss is taken
+                    loss.backward()
+            option.after_backward()             # gradients may be changed, before they are clipped
+            optimizer.step()
+            option.after_step()                 # weights may be changed
+
+All of them do nothing by default. An option belongs to one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge.client.tasks import TrainingConfig
+from fedmerge.common.taskvector import LayerUpdate
+
+
+@dataclass
+class Run:
+    """One local run as its options see it.
+
+    Attributes:
+        model: on its device, with the weights the run starts from, in training mode.
+        trained: the parameters to be trained, by name; an option may put others in their place before the
+            optimizer is made.
+        config: the loop's settings. ``steps``: optimizer steps to come; ``step``: those done.
+        generator: on the CPU, for draws; seeded for this run.
+        start: copies of the weights that the run starts from, by the names in ``trained``, on the device.
+        base: the pretrained weights by name, on the CPU.
+        bases: by matrix layer, orthonormal columns (N, K) of input directions that the server protects.
+        memory: what this site keeps from run to run, by keys that begin with the option's name; float32, CPU.
+    """
+
+    model: nn.Module
+    trained: dict[str, nn.Parameter]
+    config: TrainingConfig
+    steps: int
+    generator: torch.Generator
+    start: Mapping[str, Tensor]
+    base: Mapping[str, Tensor] = field(default_factory=dict)
+    bases: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+
+
+class Option:
+    """One departure from plain fine-tuning."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> Self:
+        """Changes the model for the run, if it must."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Gives the model its own structure back; what was learned is then in its weights."""
+
+    def perturbed(self) -> AbstractContextManager[None]:
+        """Around the loss of one micro-batch and its backward pass."""
+        return nullcontext()
+
+    def after_backward(self) -> None:
+        """Gradients are complete; they may be changed in place."""
+
+    def after_step(self) -> None:
+        """The optimizer has stepped; weights may be changed in place."""
+
+    def updates(self) -> Mapping[str, LayerUpdate]:
+        """Layers whose update this option knows better than as a difference of weights; after the run."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What it needs to go on after a restart; on any device."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a saved state."""
