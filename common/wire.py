@@ -8,8 +8,9 @@ message               server sends                                 site replies
 ``query.hello``       software version; in serving mode also       software version, site, base, tasks; in
                       what became of the site's updates            serving mode also which version it
                                                                    holds and which updates wait there
-``train``             task, origin version, round, seed, part,     task vector or, if it is large, its
-                      statistics that the rules need               manifest; examples, accuracy, seconds
+``train``             task, how to train, origin version, round,   task vector or, if it is large, its
+                      seed, part, statistics that the rules need   manifest; examples, accuracy, seconds
+``query.correct``     task, the merged vector and that before it   task vector of the layers it corrected
 ``evaluate``          tasks, merged vector of every rule           accuracy and examples by rule and task
 ``query.publish``     a version's merged vector or, if it is       the version it holds now, ranges it
                       large, its manifest; tasks to score          lacks; accuracy and examples by task
@@ -40,6 +41,7 @@ from fedmerge.common.vectorfile import from_bytes
 
 HELLO = "query.hello"
 TRAIN = "train"
+CORRECT = "query.correct"
 EVALUATE = "evaluate"
 PUBLISH = "query.publish"
 PUT_SHARD = "query.put_shard"
@@ -47,6 +49,10 @@ GET_SHARD = "query.get_shard"
 
 STYPE = "fedmerge.safetensors"
 JOB, METRICS, VECTOR, ORIGIN = "job", "metrics", "task-vector", "origin"
+BASES = "bases"
+"""Record of the input directions that the server protects, by layer."""
+PREVIOUS = "previous"
+"""Record of the merged vector before the last merge."""
 MERGED = "merged."
 """Prefix of the records that hold a rule's merged vector."""
 MANIFEST, RANGE = "manifest", "range"
@@ -112,7 +118,11 @@ class TrainJob:
         part, parts: which share of the task's rows this site holds; ``partition``: how they are dealt.
         keep: whether the site keeps the result until it is told that the server has it.
         message_bytes: a larger result is kept and told by its manifest, in ranges of ``range_bytes``.
-        needs: statistics to send with the vector, by their names, sorted.
+        needs: statistics to send with the vector, by their names, sorted. ``sketch``: how to sketch, JSON
+            of a ``SketchSpec``; empty unless a sketch is among them.
+        also: further tasks to learn at the same time. ``training``: JSON of a ``LocalTraining``.
+        compress: how the vector is made smaller, see ``fedmerge.common.compression``.
+        score: whether to score the fine-tuned model.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = EXACT
@@ -129,13 +139,38 @@ class TrainJob:
     message_bytes: int = MAX_MESSAGE_BYTES
     range_bytes: int = RANGE_BYTES
     needs: tuple[str, ...] = ()
+    sketch: str = ""
+    also: tuple[str, ...] = ()
+    training: str = ""
+    compress: str = "none"
+    score: bool = True
+
+
+@dataclass(frozen=True)
+class CorrectJob:
+    """Fit one projection of the merged model to the representation by the model before it.
+
+    Attributes:
+        correction: JSON of a ``Correction``. ``training``: of the ``LocalTraining`` the task was learned with.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = EXACT
+
+    task: str
+    base: str
+    seed: int
+    part: int
+    parts: int
+    partition: str
+    correction: str
+    training: str = ""
 
 
 @dataclass(frozen=True)
 class EvaluateJob:
     """Score the base plus every merged vector on the site's own test data.
 
-    ``parts`` and ``part`` hold one number per task.
+    ``parts`` and ``part`` hold one number per task. ``tangent``: of the model linearised at the base.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = EXACT
@@ -147,6 +182,7 @@ class EvaluateJob:
     part: tuple[int, ...]
     parts: tuple[int, ...]
     partition: str = "iid"
+    tangent: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,8 +232,21 @@ class Holding:
     missing: tuple[int, ...] = ()
 
 
-AnyJob = Greeting | Hello | TrainJob | EvaluateJob | PublishJob | ShardJob | Holding | RangeManifest
-Job = TypeVar("Job", Greeting, Hello, TrainJob, EvaluateJob, PublishJob, ShardJob, Holding, RangeManifest)
+AnyJob = (
+    Greeting | Hello | TrainJob | CorrectJob | EvaluateJob | PublishJob | ShardJob | Holding | RangeManifest
+)
+Job = TypeVar(
+    "Job",
+    Greeting,
+    Hello,
+    TrainJob,
+    CorrectJob,
+    EvaluateJob,
+    PublishJob,
+    ShardJob,
+    Holding,
+    RangeManifest,
+)
 
 
 def pack_vector(data: bytes) -> ArrayRecord:

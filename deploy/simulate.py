@@ -30,8 +30,9 @@ from fedmerge.common.writing import make_folder
 from fedmerge.deploy.progress import RunProgress
 from fedmerge.deploy.report.results import Failure, MergeRow, Results, RuleResults, SiteTraffic, save
 from fedmerge.server.app import EngineConfig, run_federation, save_merged
-from fedmerge.server.federation import Federation, FederationConfig
+from fedmerge.server.federation import Federation
 from fedmerge.server.history import Event, History
+from fedmerge.server.layout import FederationConfig
 from fedmerge.server.merge.rule import Rule
 
 LIBRARIES = ("fedmerge", "torch", "flwr", "ray", "safetensors", "numpy", "transformers")

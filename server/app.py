@@ -47,9 +47,10 @@ from fedmerge.common.records import AggregationService
 from fedmerge.common.vectorfile import save
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.engine.ray_engine import RayEngine, start_ray
-from fedmerge.server.federation import Federation, FederationConfig
+from fedmerge.server.federation import Federation
 from fedmerge.server.history import Event, History
 from fedmerge.server.journal import Journal
+from fedmerge.server.layout import FederationConfig
 from fedmerge.server.merge import DEFAULT_RULE, RULES, make_rule
 from fedmerge.server.merge.rule import Rule
 from fedmerge.server.model import GlobalModel

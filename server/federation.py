@@ -1,99 +1,48 @@
 """One run: tasks out to sites, vectors in, versions out, scores in.
 
 Every reply is handled as it comes. A task's round closes when all its sites have answered, failed or
-timed out; its vector is merged as soon as every earlier task has been merged or has failed, so that
-the order of merging is fixed however fast sites are. Nobody waits for a slow site but its own task.
+timed out. Where sites start from the base, all tasks are learned at the same time, and a task's vector is
+merged as soon as every earlier task has been merged or has failed, so that the order of merging is fixed
+however fast sites are: nobody waits for a slow site but its own task. Where they start from the merged
+model, a task begins when the one before it is in.
+
+A rule with the cadence of a round takes in every round's vector; other rules the sum of a task's rounds.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
-from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save
 
 from fedmerge import __version__
 from fedmerge.common import wire
 from fedmerge.common.base import Base
-from fedmerge.common.config import Partition, Seed
 from fedmerge.common.errors import BaseMismatch, ConfigError, FedmergeError, StatisticsMissing
-from fedmerge.common.score import Score, pooled
+from fedmerge.common.score import Score
 from fedmerge.common.statistics import statistics_of
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
-from fedmerge.common.wire import EvaluateJob, Hello, TrainJob
-from fedmerge.server.admission import LIMITS, MAX_EXAMPLES, BaseNorms, Limits, admit, weight
+from fedmerge.common.wire import CorrectJob, Hello, TrainJob
+from fedmerge.server.admission import LIMITS, BaseNorms, Limits, admit, weight
 from fedmerge.server.combine import add_vectors, combine
 from fedmerge.server.history import History
+from fedmerge.server.layout import FederationConfig, Site, TaskRun, assign
 from fedmerge.server.mailbox import Mailbox, Reply, Request
-from fedmerge.server.merge.rule import Rule
+from fedmerge.server.merge.rule import Cadence, Rule
 from fedmerge.server.model import GlobalModel
 from fedmerge.server.needs import check_needs
+from fedmerge.server.peers import reported
+from fedmerge.server.scoring import Scored, Scoring
 
-Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
-
-
-class FederationConfig(BaseModel):
-    """How a run is laid out.
-
-    Attributes:
-        tasks: names in merging order; empty takes every task the sites announce, in order of their labels.
-        rounds: local fine-tunings per task; from the second on, sites start from the task's combined vector.
-        sites_per_task: how many sites share a task's data.
-        partition: how they share it: ``iid`` or ``dirichlet:ALPHA``.
-        seed: of every local run and partition.
-        min_sites: how many to wait for; ``wait_seconds``: how long before starting with those there are.
-        timeout_seconds: for one message, from sending it to its reply.
-        max_examples: cap of a self-reported example count.
-        evaluate: whether sites score every version on every task.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tasks: tuple[str, ...] = ()
-    rounds: Positive = 1
-    sites_per_task: Positive = 1
-    partition: Partition = "iid"
-    seed: Seed = 0
-    min_sites: Positive = 1
-    wait_seconds: Seconds = 120.0
-    timeout_seconds: Seconds = 3600.0
-    max_examples: Positive = MAX_EXAMPLES
-    evaluate: bool = True
-
-
-@dataclass(frozen=True)
-class Site:
-    """A connected node and what it said about itself."""
-
-    node: int
-    label: str
-    tasks: tuple[str, ...]
-
-
-@dataclass
-class TaskRun:
-    """One task under way: who learns it, what has come back, what it has moved so far."""
-
-    task: str
-    sites: list[Site]
-    round: int = 1
-    waiting: set[int] = field(default_factory=set)
-    arrived: dict[int, tuple[TaskVector, int]] = field(default_factory=dict)
-    moved: TaskVector | None = None
-    taught: set[int] = field(default_factory=set)
-    learned_by: list[str] = field(default_factory=list)
-    closed: bool = False
-
-    def part_of(self, node: int) -> int:
-        return [site.node for site in self.sites].index(node)
+MOST_IDLE = 3
+"""Rounds in a row that may bring nothing before a task that goes on from the merged model is given up."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +57,8 @@ class _Train:
 
 
 @dataclass(frozen=True)
-class _Evaluate:
-    version: int
+class _Correct:
+    pass
 
 
 class Federation:
@@ -121,10 +70,17 @@ class Federation:
     Args:
         grid: Flower's.
         base: the pretrained model everybody starts from.
-        models: one per rule, by the rule's name.
+        models: one per rule, by the name it goes by in this run.
         config: the layout of the run.
         history: receives every event.
         limits: how large a vector may be against the base.
+
+    Attributes:
+        runs: the tasks in merging order. ``merged``: those whose vectors are in the models.
+        fine_tuned: what sites scored after their last round, by task.
+
+    Raises:
+        ConfigError: several models, or a layout that one of the rules cannot follow.
     """
 
     def __init__(
@@ -138,6 +94,7 @@ class Federation:
         clock: Callable[[], float] = time.monotonic,
         limits: Limits = LIMITS,
     ) -> None:
+        check_layout(config, [model.engine.rule for model in models.values()])
         self.base, self.models, self.config, self.history = base, models, config, history
         self._norms, self._limits = BaseNorms.of(base), limits
         self._mailbox = Mailbox(grid, self._note_sent, clock)
@@ -147,11 +104,13 @@ class Federation:
         self.runs: list[TaskRun] = []
         self.merged: list[TaskRun] = []
         self._next = 0
-        self._published: dict[int, dict[str, ArrayRecord]] = {}
-        self._unscored: dict[int, int] = {}
-        self.scores: dict[tuple[str, int, str], list[Score]] = {}
+        self._scoring = Scoring(self._mailbox, base.fingerprint, config, history, self.runs, self._fail)
         self.fine_tuned: dict[str, list[Score]] = {}
-        self._needs = tuple(sorted({need for m in models.values() for need in m.engine.rule.needs}))
+        rules = [model.engine.rule for model in models.values()]
+        self._needs = tuple(sorted({need for rule in rules for need in rule.needs}))
+        self._sketch = next((spec for rule in rules if (spec := rule.asks()) is not None), None)
+        self._by_round = config.start == "merged" and any(rule.cadence is Cadence.ROUND for rule in rules)
+        self._correcting: TaskRun | None = None
 
     def run(self) -> None:
         """Runs until every task has been merged or has failed and every score has come in.
@@ -161,17 +120,21 @@ class Federation:
         """
         self._wait_for_sites()
         self._assign()
-        if self.config.evaluate:
-            self._publish(0, {}, self.sites.values())
-        for index in range(len(self.runs)):
-            self._start_round(index)
+        if self.config.evaluate and self.config.evaluate_base:
+            self._scoring.publish(0, {}, self.sites.values())
+        self._start_tasks(0)
         while not self._mailbox.idle:
             self._step()
         self.history.record("finished", versions=len(self.merged))
 
+    @property
+    def scores(self) -> dict[tuple[str, int, str], list[Score]]:
+        """What sites have found, by rule, version and task."""
+        return self._scoring.scores
+
     def score(self, rule: str, version: int, task: str) -> Score | None:
         """The accuracy of a version on a task over all sites that scored it, weighted by examples."""
-        return pooled(self.scores.get((rule, version, task), []))
+        return self._scoring.score(rule, version, task)
 
     def _step(self) -> None:
         replies = self._mailbox.step()
@@ -181,8 +144,10 @@ class Federation:
                     self._welcome(reply)
                 case _Train() as key:
                     self._receive(reply, key)
-                case _Evaluate() as key:
-                    self._take_scores(reply, key.version)
+                case _Correct():
+                    self._receive_correction(reply)
+                case Scored() as key:
+                    self._scoring.take(reply, key.version, self._label(reply.request.node))
         self._greet_newcomers()
         if not replies:
             time.sleep(self._poll_seconds)
@@ -241,58 +206,85 @@ class Federation:
     # --- tasks ---
 
     def _assign(self) -> None:
-        """Gives each task to sites that hold it, taking turns."""
-        sites = sorted(self.sites.values(), key=lambda site: (site.label, site.node))
-        tasks = self.config.tasks or tuple(dict.fromkeys(task for site in sites for task in site.tasks))
-        share = self.config.sites_per_task
-        for turn, task in enumerate(tasks):
-            holders = [site for site in sites if task in site.tasks]
-            if not holders:
-                self._fail("", task, "assign", "no connected site holds this task")
-                continue
-            first = turn * share % len(holders)
-            chosen = (holders[first:] + holders[:first])[:share]
-            self.runs.append(TaskRun(task, chosen))
+        runs, orphans = assign(self.config, self.sites.values())
+        for task in orphans:
+            self._fail("", task, "assign", "no connected site holds this task")
+        self.runs += runs
         if not self.runs:
-            raise ConfigError("no connected site holds any of the tasks", got=list(tasks))
+            raise ConfigError("no connected site holds any of the tasks", got=list(self.config.tasks))
 
     def _add_runs_of(self, newcomer: Site) -> None:
         """A site that joins late brings the wanted tasks that nobody else has, after the others."""
-        known = {run.task for run in self.runs}
+        known = {name for run in self.runs for name in run.names}
         wanted = self.config.tasks or newcomer.tasks
         brought = [task for task in newcomer.tasks if task in wanted and task not in known]
         first = len(self.runs)
         self.runs += [TaskRun(task, [newcomer]) for task in brought]
-        if brought and self.config.evaluate:
-            self._publish(0, {}, [newcomer])
-        for index in range(first, len(self.runs)):
-            self._start_round(index)
+        if brought and self.config.evaluate and self.config.evaluate_base:
+            self._scoring.publish(0, {}, [newcomer])
+        self._start_tasks(first)
+
+    def _start_tasks(self, first: int) -> None:
+        """Starts new tasks: all where sites start from the base, else one if none is under way."""
+        if self.config.start == "base":
+            for index in range(first, len(self.runs)):
+                self._start_round(index)
+        elif self._next == first and self._correcting is None:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        if self._next < len(self.runs):
+            self._start_round(self._next)
 
     def _start_round(self, index: int) -> None:
-        run = self.runs[index]
-        run.waiting, run.arrived = {site.node for site in run.sites}, {}
-        origin = wire.pack_vector(to_bytes(run.moved)) if run.moved is not None else None
-        for site in run.sites:
+        run, config = self.runs[index], self.config
+        run.begin(config.sites_per_round, config.seed)
+        last = self._is_last(run)
+        records = self._starting_point(run)
+        if config.start == "merged" and (config.training.project or (last and self._sketch)):
+            records[wire.BASES] = wire.pack_vector(self._bases())
+        for site in run.asked:
             job = TrainJob(
                 run.task,
                 self.base.fingerprint,
                 run.round,
-                0,
-                self.config.seed,
+                len(self.merged) if config.start == "merged" else 0,
+                config.seed,
                 run.part_of(site.node),
                 len(run.sites),
-                self.config.partition,
-                needs=self._needs if self._asks(run) else (),
+                config.partition,
+                needs=self._needs if last else (),
+                sketch=self._sketch.model_dump_json() if last and self._sketch is not None else "",
+                also=run.also,
+                training=config.training.model_dump_json(exclude_none=True),
+                compress=config.compress,
+                score=last,
             )
-            self._send(site.node, wire.TRAIN, _Train(index, run.round), partial(_train_content, job, origin))
+            self._send(site.node, wire.TRAIN, _Train(index, run.round), partial(_content, job, records))
 
-    def _asks(self, run: TaskRun) -> bool:
+    def _starting_point(self, run: TaskRun) -> dict[str, ArrayRecord]:
+        """The vector from the base to where sites start this round; none where that is the base."""
+        vector = run.moved
+        if self.config.start == "merged" and (self.merged or (run.moved is not None and self._by_round)):
+            (model,) = self.models.values()
+            vector = model.merged()
+            if run.moved is not None and not self._by_round:
+                vector = add_vectors(vector, run.moved)
+        return {} if vector is None else {wire.ORIGIN: wire.pack_vector(to_bytes(vector))}
+
+    def _bases(self) -> bytes:
+        """The input directions that the model protects, by layer, as a safetensors file."""
+        (model,) = self.models.values()
+        shown = {name: model.engine.rule.shown(model.engine.state(name)) for name in model.engine.touched}
+        return save({name: tensor for name, tensor in shown.items() if tensor is not None})
+
+    def _is_last(self, run: TaskRun) -> bool:
         """Whether the statistics that the rules need come with the round that a task is in."""
         return run.round == self.config.rounds
 
     def _asking(self, run: TaskRun) -> list[Rule]:
         """The rules whose needs the vectors of that round must meet."""
-        return [model.engine.rule for model in self.models.values()] if self._asks(run) else []
+        return [model.engine.rule for model in self.models.values()] if self._is_last(run) else []
 
     def _receive(self, reply: Reply, key: _Train) -> None:
         """One site's answer to a training request: admitted, refused or missing."""
@@ -318,9 +310,10 @@ class Federation:
         # What is recorded and merged is what was admitted, not what the site claims in its file.
         manifest = replace(vector.manifest, site=label, examples=examples)
         run.arrived[node] = replace(vector, manifest=manifest), examples
-        if run.round == self.config.rounds:
-            found = wire.unpack_scores(content, ["fine-tuned"], [run.task]).values()
-            self.fine_tuned.setdefault(run.task, []).extend(found)
+        if self._is_last(run):
+            found = wire.unpack_scores(content, ["fine-tuned"], run.names)
+            for (_, task), score in found.items():
+                self.fine_tuned.setdefault(task, []).append(score)
         self.history.record(
             "trained",
             site=label,
@@ -330,28 +323,37 @@ class Federation:
             bytes_up=wire.bytes_in(content),
             statistics_bytes=statistics_of(vector).payload_bytes,
             seconds=round(seconds, 3),
-            train_seconds=_number(metrics.get("train-seconds")),
-            score_seconds=_number(metrics.get("score-seconds")),
-            loss=_number(metrics.get("train-loss")),
+            train_seconds=reported(metrics.get("train-seconds")),
+            score_seconds=reported(metrics.get("score-seconds")),
+            loss=reported(metrics.get("train-loss")),
+            cut=reported(metrics.get("cut")),
+            epsilon=reported(metrics.get("epsilon")),
         )
 
     def _close_round(self, index: int) -> None:
         run = self.runs[index]
+        run.idle = 0 if run.arrived else run.idle + 1
         if run.arrived:
             try:
                 self._add_round(run)
             except StatisticsMissing as error:
                 self._fail("", run.task, "combine", str(error))
-                run.moved = None
-            if run.round < self.config.rounds:
-                run.round += 1
-                self._start_round(index)
-                return
-        elif run.moved is not None and self._needs:
+                if not self._by_round:
+                    run.moved = None
+        elif self._is_last(run) and run.moved is not None and self._needs and not self._by_round:
             self._fail("", run.task, "merge", "its last round brought no statistics, which a rule needs")
             run.moved = None
+        if self._goes_on(run):
+            run.round += 1
+            self._start_round(index)
+            return
         run.closed, run.arrived = True, {}
         self._merge_in_order()
+
+    def _goes_on(self, run: TaskRun) -> bool:
+        """Whether a task has another round; one that starts from the base ends with an idle one."""
+        patience = MOST_IDLE if self.config.start == "merged" else 1
+        return not self._is_last(run) and run.idle < patience
 
     def _add_round(self, run: TaskRun) -> None:
         """What the sites of a round have learned, on top of the rounds before.
@@ -359,13 +361,35 @@ class Federation:
         Raises:
             StatisticsMissing: sites do not bring the same ones, or a layer moved before the last round alone.
         """
-        ordered = [run.arrived[site.node] for site in run.sites if site.node in run.arrived]
-        needs = self._needs if self._asks(run) else ()
-        step = combine([vector for vector, _ in ordered], [count for _, count in ordered], needs)
-        run.moved = step if run.moved is None else add_vectors(run.moved, step).in_memory()
-        check_needs(run.moved, self.base, self._asking(run), f"task {run.task!r}")
+        ordered = [run.arrived[site.node] for site in run.asked if site.node in run.arrived]
+        needs = self._needs if self._is_last(run) else ()
+        shares = [count if self.config.weights == "examples" else 1 for _, count in ordered]
+        step = combine([vector for vector, _ in ordered], shares, needs)
         run.taught |= set(run.arrived)
         run.learned_by = [site.label for site in run.sites if site.node in run.taught]
+        if self._by_round:
+            step = step.in_memory()
+            check_needs(step, self.base, self._asking(run), f"task {run.task!r}")
+            self._take_in(run, step)
+        else:
+            run.moved = step if run.moved is None else add_vectors(run.moved, step).in_memory()
+            check_needs(run.moved, self.base, self._asking(run), f"task {run.task!r}")
+
+    def _take_in(self, run: TaskRun, step: TaskVector) -> None:
+        """Merges one round at once."""
+        for model in self.models.values():
+            version = model.merge(step, run.learned_by, step=True)
+            run.seconds += version.absorb_seconds
+        run.moved = step if run.moved is None else add_vectors(run.moved, step).in_memory()
+        self.history.record(
+            "round",
+            task=run.task,
+            round=run.round,
+            sites=len(run.arrived),
+            update_norm=version.update_norm,
+            merged_norm=version.merged_norm,
+            absorb_seconds=round(version.absorb_seconds, 4),
+        )
 
     # --- versions ---
 
@@ -373,16 +397,36 @@ class Federation:
         while self._next < len(self.runs) and self.runs[self._next].closed:
             run = self.runs[self._next]
             self._next += 1
-            if run.moved is not None:
-                self._merge(run, run.moved)
-                run.moved = None
+            if run.moved is None:
+                continue
+            before = self._merge(run, run.moved)
+            run.moved = None
+            if before is not None:
+                self._correct(run, before)
+                return
+            self._publish(run)
+        if self.config.start == "merged":
+            self._start_next()
 
-    def _merge(self, run: TaskRun, vector: TaskVector) -> None:
+    def _merge(self, run: TaskRun, vector: TaskVector) -> bytes | None:
+        """Merges a task; returns the merged vector of before if sites are to correct the new one by it."""
+        before = None
+        if self.config.correction is not None and self.merged:
+            before = to_bytes(next(iter(self.models.values())).merged())
         self.merged.append(run)
+        for name, model in self.models.items():
+            if self._by_round:
+                version = replace(model.versions[-1], update_norm=vector.norm(), absorb_seconds=run.seconds)
+            else:
+                version = model.merge(vector, run.learned_by, step=self.config.start == "merged")
+            run.versions[name] = version
+        return before
+
+    def _publish(self, run: TaskRun) -> None:
         number = len(self.merged)
         published = {}
         for name, model in self.models.items():
-            version = model.merge(vector, run.learned_by)
+            version = run.versions[name]
             started = time.perf_counter()
             if self.config.evaluate:
                 published[name] = wire.pack_vector(to_bytes(model.merged()))
@@ -404,65 +448,80 @@ class Federation:
             )
         self.history.record("published", task=run.task, version=number)
         if self.config.evaluate:
-            self._publish(number, published, self.sites.values())
+            self._scoring.publish(number, published, self.sites.values())
 
-    def _publish(self, number: int, merged: dict[str, ArrayRecord], sites: Iterable[Site]) -> None:
-        """Sends a version to those sites that hold test data of some task."""
-        self._published[number] = merged
-        for site in sites:
-            held = [
-                (run.task, run.part_of(site.node), len(run.sites)) for run in self.runs if site in run.sites
-            ]
-            if not held:
-                continue
-            tasks, part, parts = zip(*held, strict=True)
-            job = EvaluateJob(
-                number, self.base.fingerprint, self.config.seed, tasks, part, parts, self.config.partition
+    # --- corrections ---
+
+    def _correct(self, run: TaskRun, before: bytes) -> None:
+        """Has the sites that taught a task fit the new model to the one before it."""
+        assert self.config.correction is not None
+        config = self.config
+        self._correcting = run
+        (model,) = self.models.values()
+        records = {
+            wire.MERGED: wire.pack_vector(to_bytes(model.merged())),
+            wire.PREVIOUS: wire.pack_vector(before),
+        }
+        run.asked = [site for site in run.sites if site.node in run.taught]
+        run.waiting, run.arrived = {site.node for site in run.asked}, {}
+        for site in run.asked:
+            job = CorrectJob(
+                run.task,
+                self.base.fingerprint,
+                config.seed,
+                run.part_of(site.node),
+                len(run.sites),
+                config.partition,
+                self.config.correction.model_dump_json(),
+                config.training.model_dump_json(exclude_none=True),
             )
-            self._unscored[number] = self._unscored.get(number, 0) + 1
-            self._send(
-                site.node,
-                wire.EVALUATE,
-                _Evaluate(number),
-                partial(self._evaluate_content, job),
-                first=True,
-            )
+            self._send(site.node, wire.CORRECT, _Correct(), partial(_content, job, records))
 
-    def _evaluate_content(self, job: EvaluateJob) -> RecordDict:
-        merged = self._published[job.version].items()
-        return RecordDict(
-            {wire.JOB: wire.pack_job(job), **{wire.MERGED + rule: record for rule, record in merged}}
-        )
-
-    def _take_scores(self, reply: Reply, version: int) -> None:
-        label = self._label(reply.request.node)
-        rules = list(self._published[version]) or ["base"]
-        self._unscored[version] -= 1
-        if not self._unscored[version]:
-            del self._published[version], self._unscored[version]
+    def _receive_correction(self, reply: Reply) -> None:
+        run, node = self._correcting, reply.request.node
+        assert run is not None
+        run.waiting.discard(node)
+        label = self._label(node)
         if reply.content is None:
-            self._fail(label, "", "evaluate", reply.reason)
-            return
-        held = [run.task for run in self.runs if any(site.node == reply.request.node for site in run.sites)]
-        found = wire.unpack_scores(reply.content, rules, held)
-        for (rule, task), score in found.items():
-            self.scores.setdefault((rule, version, task), []).append(score)
-        metrics: Mapping[str, object] = reply.content.metric_records.get(wire.METRICS, {})
+            self._fail(label, run.task, "correct", reply.reason)
+        else:
+            try:
+                self._admit_correction(run, node, label, reply.content)
+            except FedmergeError as error:
+                self._fail(label, run.task, "refused", str(error))
+        if not run.waiting:
+            self._adjust(run)
+
+    def _admit_correction(self, run: TaskRun, node: int, label: str, content: RecordDict) -> None:
+        where = f"correction of {label}"
+        vector = wire.unpack_vector(content, wire.VECTOR, where=where)
+        admit(vector, self.base, self._norms, self._limits, task=run.task)
+        metrics: Mapping[str, object] = content.metric_records.get(wire.METRICS, {})
+        examples = weight(metrics.get("num-examples"), where=where, cap=self.config.max_examples)
+        run.arrived[node] = vector, examples
         self.history.record(
-            "evaluated",
+            "corrected",
             site=label,
-            version=version,
-            scores=len(found),
-            seconds=round(reply.seconds, 3),
-            score_seconds=_number(metrics.get("score-seconds")),
+            task=run.task,
+            bytes_up=wire.bytes_in(content),
+            loss_before=reported(metrics.get("loss-before")),
+            loss_after=reported(metrics.get("loss-after")),
         )
+
+    def _adjust(self, run: TaskRun) -> None:
+        """Moves the model by what the sites have found, and goes on."""
+        ordered = [run.arrived[site.node] for site in run.asked if site.node in run.arrived]
+        run.arrived, self._correcting = {}, None
+        if ordered:
+            (model,) = self.models.values()
+            model.adjust(combine([vector for vector, _ in ordered], [count for _, count in ordered]))
+        self._publish(run)
+        self._start_next()
 
     # --- messages ---
 
-    def _send(
-        self, node: int, kind: str, key: Any, content: Callable[[], RecordDict], *, first: bool = False
-    ) -> None:
-        self._mailbox.put(Request(node, kind, key, content, self.config.timeout_seconds), first=first)
+    def _send(self, node: int, kind: str, key: Any, content: Callable[[], RecordDict]) -> None:
+        self._mailbox.put(Request(node, kind, key, content, self.config.timeout_seconds))
 
     def _note_sent(self, request: Request, content: RecordDict) -> None:
         self.history.record(
@@ -473,9 +532,26 @@ class Federation:
         self.history.record("failed", site=site, task=task, phase=phase, reason=reason)
 
 
-def _train_content(job: TrainJob, origin: ArrayRecord | None) -> RecordDict:
-    return RecordDict({wire.JOB: wire.pack_job(job), **({wire.ORIGIN: origin} if origin else {})})
+def check_layout(config: FederationConfig, rules: Sequence[Rule]) -> None:
+    """Refuses what does not go together.
+
+    Raises:
+        ConfigError: several rules though sites start from the merged model, of which there is one per rule; a
+            correction under a rule that cannot take it, or without a model before.
+    """
+    if config.start == "merged" and len(rules) != 1:
+        raise ConfigError(
+            "sites can start from one merged model only",
+            got=f"{len(rules)} rules",
+            wanted="one rule",
+            do="Run rules one by one, or let sites start from the base.",
+        )
+    if config.correction is not None and (config.start == "base" or not rules[0].steps):
+        raise ConfigError(
+            "a correction needs sites that start from the merged model, and a rule that takes steps",
+            got=f"start {config.start!r}, rule {rules[0].name!r}",
+        )
 
 
-def _number(value: object) -> float | None:
-    return round(float(value), 4) if isinstance(value, int | float) and abs(value) < math.inf else None
+def _content(job: TrainJob | CorrectJob, records: Mapping[str, ArrayRecord]) -> RecordDict:
+    return RecordDict({wire.JOB: wire.pack_job(job), **records})

@@ -25,7 +25,7 @@ from fedmerge.common.records import UpdateRecord, UpdateState, VersionKind, Vers
 from fedmerge.common.taskvector import Dense, LayerUpdate, Manifest
 from fedmerge.server import snapshot
 from fedmerge.server.admission import BaseNorms, Limits, check_step
-from fedmerge.server.engine.engine import Engine
+from fedmerge.server.engine.engine import Act, Engine
 from fedmerge.server.library import require_kept
 from fedmerge.server.merge.rule import Totals
 from fedmerge.server.replay import OnMerge, Replay
@@ -209,7 +209,7 @@ class Merging:
         self.catch_up()
         self.behind = True
         for update in removed:
-            self._engine.absorb(self._replay.vector(update), removing=True)
+            self._engine.absorb(self._replay.vector(update), act=Act.REMOVE)
             self._engine.commit()
         if not self._engine.totals.merges:
             self._engine.restore(self._engine.state, (), Totals())

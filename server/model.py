@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from fedmerge.common.base import Base
 from fedmerge.common.taskvector import Manifest, TaskVector
-from fedmerge.server.engine.engine import Engine, OnLayer
+from fedmerge.server.combine import add_vectors
+from fedmerge.server.engine.engine import Act, Engine, OnLayer
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,23 @@ class GlobalModel:
         self.versions: list[Version] = []
 
     def merge(
-        self, vector: TaskVector, sites: Sequence[str] = (), on_layer: OnLayer = lambda _: None
+        self,
+        vector: TaskVector,
+        sites: Sequence[str] = (),
+        on_layer: OnLayer = lambda _: None,
+        *,
+        step: bool = False,
     ) -> Version:
-        """Merges one admitted vector; on error the model and its versions are as before."""
+        """Merges one admitted vector; on error the model and its versions are as before.
+
+        Args:
+            step: whether it is measured from the current model. Rules that do not take steps are given the
+                sum of both, which is dense.
+        """
         started = time.perf_counter()
-        totals = self.engine.absorb(vector, on_layer)
+        if step and not self.engine.rule.steps:
+            vector, step = add_vectors(self.merged(), vector), False
+        totals = self.engine.absorb(vector, on_layer, relative=step)
         seconds = time.perf_counter() - started
         try:
             merged_norm = self.engine.pending().norm()
@@ -74,6 +87,11 @@ class GlobalModel:
         )
         self.versions.append(version)
         return version
+
+    def adjust(self, vector: TaskVector) -> None:
+        """Moves the current model by a vector, which counts as no merge; on error it is as before."""
+        self.engine.absorb(vector, act=Act.ADJUST)
+        self.engine.commit()
 
     def merged(self) -> TaskVector:
         """The current version as a vector from the base, layers read on demand."""

@@ -30,8 +30,9 @@ from fedmerge.common.vectorfile import to_bytes
 from fedmerge.deploy.streams.example import build_model
 from fedmerge.server.admission import LIMITS, Limits
 from fedmerge.server.engine.local import LocalEngine
-from fedmerge.server.federation import Federation, FederationConfig
+from fedmerge.server.federation import Federation
 from fedmerge.server.history import History
+from fedmerge.server.layout import FederationConfig
 from fedmerge.server.merge import make_rule
 from fedmerge.server.model import GlobalModel
 

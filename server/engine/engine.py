@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from hashlib import sha256
 from types import TracebackType
 from typing import Self
@@ -34,22 +35,33 @@ OnLayer = Callable[[str], None]
 """Called with a layer's name when it is done; for progress bars."""
 
 
+class Act(StrEnum):
+    """What is done with a vector: it is absorbed, taken out again, or added to the merged model as it is."""
+
+    ABSORB = "absorb"
+    REMOVE = "remove"
+    ADJUST = "adjust"
+
+
 @dataclass(frozen=True)
 class Step:
-    """One vector taken in, or out again if ``removing``.
+    """One vector and what is done with it.
 
-    ``merges`` were there before; ``measured`` is the sum of what the rule measured of it, if it does.
+    ``merges`` were there before; ``measured`` is the sum of what the rule measured of it, if it does;
+    ``relative`` says that it is measured from the merged model.
     """
 
     update: TaskVector
-    removing: bool = False
+    act: Act = Act.ABSORB
     merges: int = 0
     measured: Tensor | None = None
+    relative: bool = False
 
     def context(self, name: str) -> Context:
         """What the rule may know when it absorbs one layer."""
         update = self.update
-        return Context(self.merges, update.statistics(name), seed_of(update, name), self.measured)
+        seed = seed_of(update, name)
+        return Context(self.merges, update.statistics(name), seed, self.measured, self.relative)
 
 
 @dataclass(frozen=True)
@@ -90,14 +102,21 @@ class Engine(ABC):
         return totals
 
     def absorb(
-        self, update: TaskVector, on_layer: OnLayer = lambda _: None, *, removing: bool = False
+        self,
+        update: TaskVector,
+        on_layer: OnLayer = lambda _: None,
+        *,
+        act: Act = Act.ABSORB,
+        relative: bool = False,
     ) -> Totals:
         """Absorbs one task vector into every layer, pending until :meth:`commit`, all or nothing.
 
         Args:
             update: finite values with the layers' shapes; layers it does not name are unchanged.
                 Layers are read from it one at a time, and may be read again if a worker dies.
-            removing: takes the vector out instead; for rules that are ``additive``.
+            act: REMOVE takes the vector out instead, for rules that are ``additive``; ADJUST adds it to the
+                merged model and counts as no merge, for rules that have :meth:`Rule.adjust`.
+            relative: whether it is measured from the merged model; for rules that take ``steps``.
 
         Returns:
             The totals as they will be after the commit.
@@ -113,14 +132,23 @@ class Engine(ABC):
         for name in update.names:
             if name not in self.layers:
                 raise UnknownLayer("not a layer of this engine", where=update.label, layer=name)
-        step = Step(with_needed(update, self.rule.needs), removing, self.totals.merges)
-        if self.rule.measures:
+        needs = self.rule.needs if act is not Act.ADJUST else frozenset()
+        step = Step(with_needed(update, needs), act, self.totals.merges, relative=relative)
+        if self.rule.measures and act is not Act.ADJUST:
             step = replace(step, measured=self._measure(step))
         found = self._absorb(step, on_layer)
-        sums = [found[name] for name in self.layers]
-        totals = self.totals.before(sums) if removing else self.totals.after(sums)
+        totals = self._totals_after(act, [found[name] for name in self.layers])
         self._pending = Pending(step, totals, self.touched.union(update.names))
         return totals
+
+    def _totals_after(self, act: Act, sums: list[LayerSums]) -> Totals:
+        match act:
+            case Act.ABSORB:
+                return self.totals.after(sums)
+            case Act.REMOVE:
+                return self.totals.before(sums)
+            case Act.ADJUST:
+                return self.totals.adjusted(sums)
 
     def pending(self) -> TaskVector:
         """The merged task vector as it will be after the commit; while nothing is pending, as it is."""

@@ -96,7 +96,7 @@ class LocalEngine(Engine):
         preparing = self._preparing.pop(name, None)
         if preparing is not None and not preparing.cancel():
             preparing.result()
-        return self._shard.absorb(name, step.update.read(name), step.removing, step.context(name))
+        return self._shard.absorb(name, step.update.read(name), step.act, step.context(name))
 
     def _measure_layers(self, step: Step) -> dict[str, Tensor]:
         return self._of_each(step.update.names, partial(self._measure_layer, step))

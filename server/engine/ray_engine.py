@@ -38,7 +38,7 @@ from fedmerge.common.errors import ConfigError, EngineError, FedmergeError
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import LayerUpdate
 from fedmerge.server.engine import placement
-from fedmerge.server.engine.engine import ALLOCATOR, Engine, OnLayer, Step
+from fedmerge.server.engine.engine import ALLOCATOR, Act, Engine, OnLayer, Step
 from fedmerge.server.engine.shard import Shard, as_update
 from fedmerge.server.merge.rule import Context, LayerSums, Rule, State, Totals, tensors_of
 
@@ -54,8 +54,8 @@ LOST = (ActorDiedError, ActorUnavailableError, RayActorError, ObjectLostError)
 
 Arrays = tuple[Any, ...]
 
-Facts = tuple[int, dict[str, Any], int, Any]
-"""A :class:`Context` as it travels: merges, statistics as arrays, seed, what was measured."""
+Facts = tuple[int, dict[str, Any], int, Any, bool]
+"""A :class:`Context` as it travels: merges, statistics as arrays, seed, what was measured, whether a step."""
 
 Exported = tuple[type[State], dict[str, Any]]
 """A state as it travels: its type and its fields as arrays."""
@@ -72,8 +72,8 @@ class ShardActor:
     def measure(self, name: str, arrays: Arrays, facts: Facts) -> Any:
         return self._shard.measure(name, self._update(name, arrays), _context(facts)).numpy()
 
-    def absorb(self, name: str, arrays: Arrays, removing: bool, facts: Facts) -> LayerSums:
-        return self._shard.absorb(name, self._update(name, arrays), removing, _context(facts))
+    def absorb(self, name: str, arrays: Arrays, act: Act, facts: Facts) -> LayerSums:
+        return self._shard.absorb(name, self._update(name, arrays), act, _context(facts))
 
     def settle(self, totals: Totals, pending: bool, names: list[str]) -> None:
         for name in names:
@@ -476,7 +476,7 @@ def _gpus_per_actor(actors: int) -> float:
 
 def _absorb(place: _Place, name: str, step: Step) -> Any:
     """Sends one layer of a step to its actor; returns the reference to its sums."""
-    return place.actor.absorb.remote(name, _arrays(name, step), step.removing, _facts(step.context(name)))
+    return place.actor.absorb.remote(name, _arrays(name, step), step.act, _facts(step.context(name)))
 
 
 def _measure(place: _Place, name: str, step: Step) -> Any:
@@ -490,13 +490,13 @@ def _arrays(name: str, step: Step) -> Arrays:
 def _facts(context: Context) -> Facts:
     measured = None if context.measured is None else context.measured.numpy()
     statistics = {key: tensor.contiguous().numpy() for key, tensor in context.statistics.items()}
-    return context.merges, statistics, context.seed, measured
+    return context.merges, statistics, context.seed, measured, context.step
 
 
 def _context(facts: Facts) -> Context:
-    merges, statistics, seed, measured = facts
+    merges, statistics, seed, measured, step = facts
     tensors = {key: _tensor(array) for key, array in statistics.items()}
-    return Context(merges, tensors, seed, None if measured is None else _tensor(measured))
+    return Context(merges, tensors, seed, None if measured is None else _tensor(measured), step)
 
 
 def _state(exported: Exported) -> State:

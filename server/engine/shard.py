@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank
-from fedmerge.server.engine.engine import factorising, factorising_model
+from fedmerge.server.engine.engine import Act, factorising, factorising_model
 from fedmerge.server.merge.rule import ALONE, Context, LayerSums, Rule, State, Totals, tensors_of
 
 ALIGNMENT_BYTES = 64
@@ -40,15 +40,18 @@ class Shard:
         return self.rule.measure(self._state(name), update, context).cpu()
 
     def absorb(
-        self, name: str, update: LayerUpdate, removing: bool = False, context: Context = ALONE
+        self, name: str, update: LayerUpdate, act: Act = Act.ABSORB, context: Context = ALONE
     ) -> LayerSums:
-        """Absorbs one layer of an arrival, or takes it out again, pending until :meth:`finish`."""
+        """Does with one layer of an arrival what is to be done, pending until :meth:`finish`."""
         update, context = self._placed(_laid_out(update)), self._context(context)
         with factorising(name):
-            if removing:
-                state = self.rule.remove(self._state(name), update, context)
-            else:
-                state = self.rule.absorb(self._state(name), self._take_prepared(name), update, context)
+            match act:
+                case Act.ABSORB:
+                    state = self.rule.absorb(self._state(name), self._take_prepared(name), update, context)
+                case Act.REMOVE:
+                    state = self.rule.remove(self._state(name), update, context)
+                case Act.ADJUST:
+                    state = self.rule.adjust(self._state(name), update)
         sums = LayerSums(update.sum_of_squares(), state.sum_of_squares())
         self._pending[name] = state, sums.state_sq
         self._read_out.pop((name, True), None)

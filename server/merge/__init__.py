@@ -11,7 +11,9 @@ from fedmerge.server.merge.ace import Ace
 from fedmerge.server.merge.average import Average
 from fedmerge.server.merge.dare import Dare
 from fedmerge.server.merge.dop import Dop
+from fedmerge.server.merge.fedavg import FedAvg
 from fedmerge.server.merge.fisher import Fisher
+from fedmerge.server.merge.fot import Fot, FotGram
 from fedmerge.server.merge.holistic import Holistic
 from fedmerge.server.merge.iso_c import IsoC
 from fedmerge.server.merge.least_interference import LeastInterference
@@ -34,9 +36,10 @@ ELEMENTWISE = (Average, TaskArithmetic, Ties, Dare, MagMax, Lore)
 SPECTRAL = (LeastInterference, IsoC, TsvM, Svc, Wudi, Ace)
 SEQUENTIAL = (Opcm, NullSpace, Nufilt, Dop)
 WITH_STATISTICS = (Fisher, RegMean, Lot, PerturbAndMerge, Holistic)
+IN_ROUNDS = (FedAvg, Fot, FotGram)
 
 RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (*SEQUENTIAL, *SPECTRAL, *ELEMENTWISE, *WITH_STATISTICS)
+    rule.name: rule for rule in (*SEQUENTIAL, *SPECTRAL, *ELEMENTWISE, *WITH_STATISTICS, *IN_ROUNDS)
 }
 
 DEFAULT_RULE = LeastInterference.name

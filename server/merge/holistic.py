@@ -10,12 +10,12 @@ Later updates weigh more than they would in a mean, so the order of arrival matt
 fine-tuning before and its representation correction after merging need data and are not part of this rule.
 
 Departures from the published code: where neither side has curvature (0 / 0), M moves by the share a towards
-tau_t, as in the authors' plain interpolation; every vector is measured from the base, not only the first.
+tau_t, as in the authors' plain interpolation; an update may be measured from M instead of the base.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -25,8 +25,9 @@ from torch import Tensor
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.statistics import Statistic
 from fedmerge.common.taskvector import LayerUpdate
-from fedmerge.server.merge.elementwise import values_of
 from fedmerge.server.merge.rule import ALONE, Context, Rule, Totals
+from fedmerge.server.merge.steps import arrived
+from fedmerge.server.merge.sums import added
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Holistic(Rule):
 
     name: ClassVar[str] = "holistic"
     needs: ClassVar[frozenset[str]] = frozenset({Statistic.SECOND_MOMENT})
+    steps: ClassVar[bool] = True
     states: ClassVar[tuple[type, ...]] = (Curved,)
 
     share: float = Field(default=0.4, gt=0.0, lt=1.0)
@@ -57,14 +59,17 @@ class Holistic(Rule):
         return Curved(torch.zeros(layer.matrix_shape), torch.zeros(layer.matrix_shape))
 
     def absorb(self, state: Curved, prepared: None, update: LayerUpdate, context: Context = ALONE) -> Curved:
-        values_MN = values_of(update, state.merged_MN.shape)
-        moments_MN = context.statistics[Statistic.SECOND_MOMENT].reshape(values_MN.shape)
+        _, step_MN = arrived(update, state.merged_MN, context)
+        moments_MN = context.statistics[Statistic.SECOND_MOMENT].reshape(step_MN.shape)
         if not context.merges:
-            return Curved(state.merged_MN + values_MN, state.curvature_MN + moments_MN)
+            return Curved(state.merged_MN + step_MN, state.curvature_MN + moments_MN)
         arriving_MN = self.share * moments_MN
         curvature_MN = (1 - self.share) * state.curvature_MN + arriving_MN
         weight_MN = (arriving_MN / curvature_MN).where(curvature_MN > 0, self.share)
-        return Curved(state.merged_MN + weight_MN * (values_MN - state.merged_MN), curvature_MN)
+        return Curved(state.merged_MN + weight_MN * step_MN, curvature_MN)
+
+    def adjust(self, state: Curved, update: LayerUpdate) -> Curved:
+        return replace(state, merged_MN=added(state.merged_MN, update))
 
     def read(self, state: Curved, totals: Totals) -> Tensor:
         return state.merged_MN.clone()

@@ -12,8 +12,8 @@ The second line needs two sums instead of every task's vector and Fisher. The fi
 
 Departures from the paper:
 
-- Every vector is measured from the base and not from M, so the step is their difference. The perturbation
-  during training is the client's and no part of this rule.
+- An update may be the step itself, measured from M as in the paper, or a vector from the base, whose step is
+  the way to it from M. The perturbation during training is the client's and no part of this rule.
 - alpha is held within 0 and 1, so that M stays a convex combination of task vectors; where the loss has no
   curvature along the step, alpha is 1 / t, as in an average.
 - A layer that an update does not bring takes no part in its alpha, because the site has no Fisher of it.
@@ -21,7 +21,7 @@ Departures from the paper:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -30,8 +30,9 @@ from torch import Tensor
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.statistics import Statistic
 from fedmerge.common.taskvector import LayerUpdate
-from fedmerge.server.merge.elementwise import values_of
 from fedmerge.server.merge.rule import ALONE, Context, Rule, Totals
+from fedmerge.server.merge.steps import arrived
+from fedmerge.server.merge.sums import added
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class PerturbAndMerge(Rule):
     name: ClassVar[str] = "perturb_and_merge"
     needs: ClassVar[frozenset[str]] = frozenset({Statistic.FISHER})
     measures: ClassVar[bool] = True
+    steps: ClassVar[bool] = True
     states: ClassVar[tuple[type, ...]] = (Quadratic,)
 
     def init(self, layer: LayerSpec) -> Quadratic:
@@ -70,17 +72,19 @@ class PerturbAndMerge(Rule):
         merged_MN = state.merged_MN + _alpha(context) * step_MN
         return Quadratic(merged_MN, coming.curvature_MN, coming.weighted_MN)
 
+    def adjust(self, state: Quadratic, update: LayerUpdate) -> Quadratic:
+        return replace(state, merged_MN=added(state.merged_MN, update))
+
     def read(self, state: Quadratic, totals: Totals) -> Tensor:
         return state.merged_MN.clone()
 
 
 def _arrived(state: Quadratic, update: LayerUpdate, context: Context) -> tuple[Quadratic, Tensor]:
     """A and b with the arrival's, M still without; and the step from M to it."""
-    values_MN = values_of(update, state.merged_MN.shape)
-    fisher_MN = context.statistics[Statistic.FISHER].reshape(values_MN.shape)
-    weighted_MN = state.weighted_MN + fisher_MN * values_MN
-    coming = Quadratic(state.merged_MN, state.curvature_MN + fisher_MN, weighted_MN)
-    return coming, values_MN - state.merged_MN
+    reached_MN, step_MN = arrived(update, state.merged_MN, context)
+    fisher_MN = context.statistics[Statistic.FISHER].reshape(step_MN.shape)
+    weighted_MN = state.weighted_MN + fisher_MN * reached_MN
+    return Quadratic(state.merged_MN, state.curvature_MN + fisher_MN, weighted_MN), step_MN
 
 
 def _alpha(context: Context) -> float:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fedmerge.common.layers import LayerSpec
 from fedmerge.common.taskvector import LayerUpdate
+from fedmerge.common.training import SketchSpec
 
 
 class State(Protocol):
@@ -96,6 +97,10 @@ class Totals:
             state_norm=sqrt(fsum(s.state_sq for s in sums)),
         )
 
+    def adjusted(self, sums: Iterable[LayerSums]) -> Totals:
+        """The scalars once the merged model has been moved without a merge."""
+        return replace(self, state_norm=sqrt(fsum(s.state_sq for s in sums)))
+
     @property
     def share(self) -> float:
         """A task's share of a mean over all of them, 1 / T; 0 before the first."""
@@ -118,12 +123,14 @@ class Context:
             absorbed, wherever that is.
         measured: the sum of :meth:`Rule.measure` over all layers of the update; None unless the rule
             ``measures``.
+        step: whether the update is measured from the merged model, and not from the base.
     """
 
     merges: int = 0
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     measured: Tensor | None = None
+    step: bool = False
 
 
 ALONE = Context()
@@ -139,6 +146,7 @@ class Rule(BaseModel, ABC):
         order_free: whether the result is the same in any order of arrival, up to rounding.
         additive: whether a state is a sum of one term per update, so that one can be taken out again.
         measures: whether it must see all of an update before it absorbs any layer.
+        steps: whether it also takes updates that are measured from the merged model.
         heavy: whether reading a layer out costs a factorisation; engines then keep what they have read.
         cadence: when it absorbs.
         states: every type a layer's state may have; what can be saved and read back.
@@ -151,6 +159,7 @@ class Rule(BaseModel, ABC):
     order_free: ClassVar[bool] = False
     additive: ClassVar[bool] = False
     measures: ClassVar[bool] = False
+    steps: ClassVar[bool] = False
     heavy: ClassVar[bool] = False
     cadence: ClassVar[Cadence] = Cadence.TASK
     states: ClassVar[tuple[type, ...]]
@@ -181,6 +190,22 @@ class Rule(BaseModel, ABC):
         Only ``additive`` rules have one.
         """
         raise NotImplementedError(f"{self.name} cannot take a vector out again")
+
+    def adjust(self, state: Any, update: LayerUpdate) -> State:
+        """The state with the merged model moved by ``update``, and nothing else of it changed.
+
+        Rules that take ``steps`` have one.
+        """
+        raise NotImplementedError(f"{self.name} cannot move the merged model")
+
+    def shown(self, state: Any) -> Tensor | None:
+        """What sites are sent of a layer's state when they train and measure: orthonormal columns (N, K) of
+        input directions that are protected; None where there are none."""
+        return None
+
+    def asks(self) -> SketchSpec | None:
+        """How sites are to sketch their inputs; None unless the rule needs sketches."""
+        return None
 
     def scale(self, totals: Totals) -> float:
         """The factor c_T from the running sum to the merged task vector; 1 for rules that read out more

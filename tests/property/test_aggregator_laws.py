@@ -27,7 +27,7 @@ from fedmerge.common.taskvector import LayerUpdate, LowRank, Manifest, TaskVecto
 from fedmerge.common.vectorfile import load, save, to_bytes
 from fedmerge.server.admission import Limits
 from fedmerge.server.aggregator import Aggregator, AggregatorSettings
-from fedmerge.server.engine.engine import Engine
+from fedmerge.server.engine.engine import Act, Engine
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge import RULES, make_rule
 from fedmerge.server.replay import Replay
@@ -97,7 +97,7 @@ def engine_of(rule: str) -> Engine:
 def bits(rule: str, steps: tuple[Step, ...]) -> dict[str, bytes]:
     with engine_of(rule) as engine:
         for seed, removing in steps:
-            engine.absorb(vector(seed), removing=removing)
+            engine.absorb(vector(seed), act=Act.REMOVE if removing else Act.ABSORB)
             engine.commit()
         return {name: update.to_dense().numpy().tobytes() for name, update in engine.merged().items()}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedmerge.common.errors import EngineError, FedmergeError, NonFinite, UnknownLayer
 from fedmerge.common.layers import LayerKind, LayerSpec
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, TaskVector
-from fedmerge.server.engine.engine import Engine
+from fedmerge.server.engine.engine import Act, Engine
 from fedmerge.server.merge import make_rule
 from fedmerge.server.merge.rule import LayerSums, Rule, State, Totals
 
@@ -415,16 +415,16 @@ class EngineContract:
             engine.merge(vector(seed, rank=rank))
             if seed != 1:
                 without.merge(vector(seed, rank=rank))
-        engine.absorb(vector(1, rank=rank), removing=True)
+        engine.absorb(vector(1, rank=rank), act=Act.REMOVE)
         engine.commit()
         assert engine.totals.merges == 2
         for layer in NAMES:
             torch.testing.assert_close(
                 engine.read_layer(layer), without.read_layer(layer), rtol=1e-5, atol=1e-5
             )
-        engine.absorb(vector(0, rank=rank), removing=True)
+        engine.absorb(vector(0, rank=rank), act=Act.REMOVE)
         engine.commit()
-        engine.absorb(vector(2, rank=rank), removing=True)
+        engine.absorb(vector(2, rank=rank), act=Act.REMOVE)
         engine.commit()
         assert engine.totals.merges == 0
         assert not any(engine.read_layer(layer).any() for layer in NAMES)

@@ -7,7 +7,7 @@ import pytest
 from fedmerge.common.config import validated
 from fedmerge.common.errors import ConfigError
 from fedmerge.deploy.simulate import SimulationConfig
-from fedmerge.server.federation import FederationConfig
+from fedmerge.server.layout import FederationConfig
 
 
 @pytest.mark.parametrize("kind", [FederationConfig, SimulationConfig])

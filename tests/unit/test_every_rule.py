@@ -17,7 +17,7 @@ from torch import Tensor
 from fedmerge.common.errors import StatisticsMissing
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.server import snapshot
-from fedmerge.server.engine.engine import Engine, seed_of
+from fedmerge.server.engine.engine import Act, Engine, seed_of
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge import RULES, make_rule
 from fedmerge.server.merge.rule import Rule
@@ -125,9 +125,9 @@ def test_a_vector_taken_out_through_the_engine_was_never_there(rule: Rule) -> No
             without.merge(each)
         if not rule.additive:
             with pytest.raises(NotImplementedError):
-                engine.absorb(b, removing=True)
+                engine.absorb(b, act=Act.REMOVE)
             return
-        engine.absorb(b, removing=True)
+        engine.absorb(b, act=Act.REMOVE)
         engine.commit()
         assert engine.totals.merges == 2
         found, wanted = ({n: u.to_dense() for n, u in e.merged().items()} for e in (engine, without))
@@ -175,7 +175,7 @@ def test_nothing_read_of_a_vector_taken_out_is_kept(rule: Rule) -> None:
     with LocalEngine(rule, LAYERS) as engine, LocalEngine(rule, LAYERS) as wanted:
         engine.merge(first)
         before = {name: engine.read_layer(name) for name in NAMES}
-        engine.absorb(first, removing=True)
+        engine.absorb(first, act=Act.REMOVE)
         engine.commit()
         engine.merge(opposite)
         wanted.merge(opposite)
