@@ -5,6 +5,7 @@ Configured by the SuperNode's ``--node-config`` (or the run's config, or directl
 - ``stream``: where the site's tasks are, ``package.module:function`` or ``path/file.py:function``
 - ``site-name``: its label; ``held-tasks``: comma-separated names of the tasks it holds, all by default
 - ``seed``, ``rows``, ``device``, ``threads``
+- ``privacy.clip``, ``privacy.noise`` and the other fields of :class:`fedmerge.common.privacy.Privacy`
 - ``state``: a folder of this site alone, for what it keeps between messages; a server in serving mode
   needs it. Only the node config can set it.
 """
@@ -25,22 +26,37 @@ from flwr.clientapp import ClientApp
 
 from fedmerge import __version__
 from fedmerge.client.loading import load_stream
+from fedmerge.client.memory import SiteMemory, recalled, remember
+from fedmerge.client.outgoing import Outgoing, outgoing
+from fedmerge.client.resume import RunCheckpoint
 from fedmerge.client.site import Site, open_site
 from fedmerge.client.state import Result, SiteState
 from fedmerge.client.tasks import StreamOptions, Task
 from fedmerge.client.training import OnStep
 from fedmerge.common import wire
 from fedmerge.common.base import Base
-from fedmerge.common.config import listed
+from fedmerge.common.compression import Compression
+from fedmerge.common.config import from_json, listed, validated
 from fedmerge.common.errors import BaseMismatch, ConfigError, TooLarge
 from fedmerge.common.logs import log_to_stderr
+from fedmerge.common.privacy import Privacy
 from fedmerge.common.ranges import MAX_MESSAGE_BYTES, RangeFile, RangeManifest
 from fedmerge.common.score import Score
 from fedmerge.common.sources import check_vector
 from fedmerge.common.statistics import statistics_of
 from fedmerge.common.taskvector import TaskVector
+from fedmerge.common.training import Correction, LocalTraining, SketchSpec
 from fedmerge.common.vectorfile import load, to_bytes
-from fedmerge.common.wire import EvaluateJob, Greeting, Hello, Holding, PublishJob, ShardJob, TrainJob
+from fedmerge.common.wire import (
+    CorrectJob,
+    EvaluateJob,
+    Greeting,
+    Hello,
+    Holding,
+    PublishJob,
+    ShardJob,
+    TrainJob,
+)
 
 logger = logging.getLogger("fedmerge.client")
 
@@ -54,6 +70,9 @@ class SiteConfig:
         label: the site's name in reports; by default its partition number or node id.
         rows: bound on training examples per task. ``threads``: torch threads of one message.
         state: folder of what the site keeps; needed in serving mode.
+        privacy: what is done to an update before it is sent; None sends it as it is.
+        sketch_seed: of the random numbers in sketches, for experiments that are to be repeated; None draws
+            what nobody can repeat.
     """
 
     stream: str
@@ -64,6 +83,8 @@ class SiteConfig:
     device: str = "auto"
     threads: int = 1
     state: Path | None = None
+    privacy: Privacy | None = None
+    sketch_seed: int | None = None
 
 
 def make_client_app(config: SiteConfig | None = None) -> ClientApp:
@@ -81,10 +102,19 @@ def make_client_app(config: SiteConfig | None = None) -> ClientApp:
 
     @client.train()
     def train(message: Message, context: Context) -> Message:
-        mine = config or site_config(context)
-        content = _train(mine, _label(mine, context), message.content)
+        mine, memory = config or site_config(context), recalled(context)
+        content = _train(mine, _label(mine, context), message.content, memory)
+        remember(memory, context)
         if not _simulated(context):
             _check_size(content)
+        return Message(content, reply_to=message)
+
+    @client.query("correct")
+    def correct(message: Message, context: Context) -> Message:
+        mine = config or site_config(context)
+        memory = recalled(context)
+        content = _correct(mine, _label(mine, context), message.content, memory)
+        remember(memory, context)
         return Message(content, reply_to=message)
 
     @client.evaluate()
@@ -130,7 +160,18 @@ def site_config(context: Context) -> SiteConfig:
         device=str(given.get("device", "auto")),
         threads=_whole(given, "threads") or 1,
         state=Path(state).expanduser() if state else None,
+        privacy=_privacy(given),
     )
+
+
+def _privacy(given: Mapping[str, object]) -> Privacy | None:
+    """What ``privacy.clip`` and its like say; None if they say nothing."""
+    prefix = "privacy."
+    said = {
+        key.removeprefix(prefix).replace("-", "_"): v for key, v in given.items() if key.startswith(prefix)
+    }
+    said = {key: value for key, value in said.items() if value != ""}
+    return validated(Privacy, said) if said else None
 
 
 def _hello(config: SiteConfig, label: str, content: RecordDict) -> RecordDict:
@@ -168,19 +209,26 @@ def _heed(state: SiteState, greeting: Greeting) -> None:
         state.refuse(found, reason)
 
 
-def _train(config: SiteConfig, label: str, content: RecordDict) -> RecordDict:
+def _train(config: SiteConfig, label: str, content: RecordDict, memory: SiteMemory) -> RecordDict:
     job = wire.unpack_job(TrainJob, content, where="train request")
     if job.keep:
         state = _state(config)
         key = _key(config, job)
         result = state.result(job.task, key)
         if result is None:
-            vector, metrics = _learned(config, label, job, content)
-            result = state.keep(vector, key=key, metrics=metrics, range_bytes=job.range_bytes)
+            memory = state.memory()
+            checkpoint = RunCheckpoint(state.folder / "run", key)
+            sent = _learned(config, label, job, content, memory, checkpoint)
+            state.remember(memory)
+            result = state.keep(
+                sent.vector, sent.dtype, key=key, metrics=sent.numbers, range_bytes=job.range_bytes
+            )
+            checkpoint.finish()
         told, metrics = _told(state, result, job.message_bytes), result.metrics
     else:
-        vector, metrics = _learned(config, label, job, content)
-        told = {wire.VECTOR: wire.pack_vector(to_bytes(vector))}
+        sent = _learned(config, label, job, content, memory)
+        metrics = dict(sent.numbers)
+        told = {wire.VECTOR: wire.pack_vector(to_bytes(sent.vector, dtype=sent.dtype))}
     about = ConfigRecord({"task": job.task, "site": label})
     return RecordDict({**told, wire.METRICS: MetricRecord(dict(metrics)), "update": about})
 
@@ -192,36 +240,107 @@ def _told(state: SiteState, result: Result, message_bytes: int) -> dict[str, Arr
 
 
 def _learned(
-    config: SiteConfig, label: str, job: TrainJob, content: RecordDict
-) -> tuple[TaskVector, dict[str, int | float]]:
-    site = _open(config)
+    config: SiteConfig,
+    label: str,
+    job: TrainJob,
+    content: RecordDict,
+    memory: SiteMemory,
+    checkpoint: RunCheckpoint | None = None,
+) -> Outgoing:
+    """What a training request brings: the update as it is sent, and numbers that go with it."""
+    where = "train request"
+    site, training = _open(config), from_json(LocalTraining, job.training, where=where)
+    compression = Compression.parse(job.compress)
     _check_base(job.base, site.base)
     origin = None
     if wire.ORIGIN in content:
         origin = _checked(wire.unpack_vector(content, wire.ORIGIN, where="origin"), site.base)
-    task = site.task(job.task, job.part, job.parts, job.partition, job.seed)
+    memory.begin(job.learning, job.task, job.round)
+    task, *also = (
+        site.task(name, job.part, job.parts, job.partition, job.seed) for name in (job.task, *job.also)
+    )
     vector, report = site.learn(
         task,
-        seed=job.seed,
+        seed=seed_of_round(job.seed, job.round),
         site=label,
         origin=origin,
+        origin_version=job.origin_version,
         device=config.device,
         on_step=_progress(label, job.task),
         needs=job.needs,
+        training=training,
+        also=also,
+        sketch=from_json(SketchSpec, job.sketch, where=where) if job.sketch else None,
+        bases=wire.unpack_bases(content, where=where),
+        private_seed=_private_seed(config, label, job),
+        memory=memory.tensors,
+        checkpoint=checkpoint,
     )
-    started = time.perf_counter()
-    scores = site.score([task], device=config.device)
+    numbers: dict[str, int | float] = {
+        "num-examples": report.examples,
+        "train-loss": report.mean_loss,
+        "train-seconds": report.seconds,
+    }
+    if job.score:
+        started = time.perf_counter()
+        scores = site.score([task, *also], device=config.device, tangent=training.tangent is not None)
+        numbers["score-seconds"] = time.perf_counter() - started
+        numbers |= wire.scored({("fine-tuned", name): found for name, found in scores.items()})
     if job.needs:
         found = ", ".join(vector.manifest.statistics)
         size = statistics_of(vector).payload_bytes
         logger.info("%s measured %s on %s: %d bytes", label, found, job.task, size)
-    return vector, {
+    sent = outgoing(vector, config.privacy, compression, memory)
+    return replace(sent, numbers={**numbers, **sent.numbers})
+
+
+def _private_seed(config: SiteConfig, label: str, job: TrainJob) -> int | None:
+    """Another one for every site, task and round."""
+    if config.sketch_seed is None:
+        return None
+    return _drawn(f"{config.sketch_seed}/{label}/{job.task}/{job.round}")
+
+
+def seed_of_round(seed: int, round: int) -> int:
+    """Another order of the examples in every round; the first has the seed itself."""
+    return seed if round == 1 else _drawn(f"{seed}/{round}")
+
+
+def _drawn(words: str) -> int:
+    """A number from words, 0 to 2^62 - 1."""
+    return int.from_bytes(sha256(words.encode()).digest()[:8]) >> 2
+
+
+def _correct(config: SiteConfig, label: str, content: RecordDict, memory: SiteMemory) -> RecordDict:
+    where = "correction request"
+    job = wire.unpack_job(CorrectJob, content, where=where)
+    site, training = _open(config), from_json(LocalTraining, job.training, where=where)
+    _check_base(job.base, site.base)
+    merged, previous = (
+        _checked(wire.unpack_vector(content, key, where=key), site.base)
+        for key in (wire.MERGED, wire.PREVIOUS)
+    )
+    vector, report = site.correct(
+        site.task(job.task, job.part, job.parts, job.partition, job.seed),
+        merged,
+        previous,
+        from_json(Correction, job.correction, where=where),
+        seed=job.seed,
+        site=label,
+        origin_version=job.origin_version,
+        device=config.device,
+        tangent=training.tangent is not None,
+    )
+    sent = outgoing(vector, config.privacy, Compression(), memory)
+    numbers = {
         "num-examples": report.examples,
-        "train-loss": report.mean_loss,
-        "train-seconds": report.seconds,
-        "score-seconds": time.perf_counter() - started,
-        **wire.scored({("fine-tuned", name): found for name, found in scores.items()}),
+        "loss-before": report.first_loss,
+        "loss-after": report.final_loss,
+        **sent.numbers,
     }
+    return RecordDict(
+        {wire.VECTOR: wire.pack_vector(to_bytes(sent.vector)), wire.METRICS: MetricRecord(dict(numbers))}
+    )
 
 
 def _key(config: SiteConfig, job: TrainJob) -> str:
@@ -295,15 +414,20 @@ def _evaluate(config: SiteConfig, content: RecordDict) -> RecordDict:
     ]
     scores: dict[tuple[str, str], Score] = {}
     for rule, merged in _merged_models(content, site.base):
-        scores |= {(rule, name): found for name, found in _scored(site, tasks, merged, config.device).items()}
+        scores |= {
+            (rule, name): found
+            for name, found in _scored(site, tasks, merged, config.device, job.tangent).items()
+        }
     metrics = MetricRecord({"score-seconds": time.perf_counter() - started, **wire.pack_scores(scores)})
     return RecordDict({wire.METRICS: metrics})
 
 
-def _scored(site: Site, tasks: list[Task], merged: TaskVector | None, device: str) -> dict[str, Score]:
+def _scored(
+    site: Site, tasks: list[Task], merged: TaskVector | None, device: str, tangent: bool
+) -> dict[str, Score]:
     if merged is None:
         site.reset()
-    return site.score(tasks, merged, device)
+    return site.score(tasks, merged, device, tangent)
 
 
 def _merged_models(content: RecordDict, base: Base) -> list[tuple[str, TaskVector | None]]:

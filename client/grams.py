@@ -1,4 +1,4 @@
-"""Input Grams by forward hooks: what the layers of a model see, summed over its forward passes.
+"""What the layers of a model see, by forward hooks, and its Grams summed over forward passes.
 
 Of a matrix layer the rows x are the inputs that its weight multiplies, as :attr:`LayerSpec.matrix_shape`
 lays out the columns:
@@ -24,6 +24,7 @@ Legend of shape suffixes: R rows, N in columns, K kept rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def _largest(gram: Tensor, energy: float) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Watch:
+class Watch:
     """A layer under a hook.
 
     Attributes:
@@ -129,7 +130,65 @@ class _Watch:
     geometry: Hashable
 
 
-class InputGrams:
+class Watcher(ABC):
+    """Sees the inputs of a model's layers while it is watched.
+
+    Args:
+        layers: those that are watched, by name; layers whose inputs cannot be told are passed over.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
+        self._model, self._layers = model, layers
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches inside; removes the hooks afterwards, also when an error is raised."""
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        handles = []
+        with no_fused_attention():
+            try:
+                for module in self._model.modules():
+                    if watched := self._watched(module, names):
+                        hook = partial(self._see, watched)
+                        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+                self.end_of_pass()
+
+    def end_of_pass(self) -> None:
+        """Lets go of the inputs of this pass."""
+        return
+
+    @abstractmethod
+    def add(self, watch: Watch, given: Tensor) -> None:
+        """Takes in what a layer's module was fed; without gradients."""
+
+    def _watched(self, module: nn.Module, names: Mapping[int, str]) -> dict[str, Watch]:
+        """The layers of a module that are measured, by the module's own name for them."""
+        reader = READERS.get(getattr(type(module), "forward", None))
+        if reader is None:
+            return {}
+        rows, geometry = reader(module)
+        kind = LayerKind.VECTOR if reader is _of_norm else LayerKind.MATRIX
+        watched = {}
+        for leaf in LEAVES:
+            layer = names.get(id(getattr(module, leaf, None)), "")
+            if layer in self._layers and self._layers[layer].kind is kind:
+                watched[leaf] = Watch(layer, rows, geometry)
+        return watched
+
+    @torch.no_grad()
+    def _see(
+        self, watched: dict[str, Watch], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        for leaf, given in _inputs(module, args, kwargs).items():
+            if leaf in watched and given.numel():  # an expert may be called with no token
+                self.add(watched[leaf], given)
+
+
+class InputGrams(Watcher):
     """Sums the Grams of a model's layers while it is watched::
 
         grams = InputGrams(model, layers)
@@ -142,34 +201,16 @@ class InputGrams:
     Layers that are fed the same tensor object in every pass share one sum, and one tensor of the result.
 
     Args:
-        layers: those that are measured, by name; layers without a Gram are passed over.
         label: names the measurement in messages.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, LayerSpec], label: str) -> None:
-        self._model, self._layers, self._label = model, layers, label
+        super().__init__(model, layers)
+        self._label = label
         self._sums: dict[str, Gram | Squares] = {}
         self._seen: dict[Hashable, tuple[Gram | Squares, Tensor, Gram | Squares]] = {}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Sums inside; removes the hooks afterwards, also when an error is raised."""
-        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        handles = []
-        with _no_fused_attention():
-            try:
-                for module in self._model.modules():
-                    if watched := self._watched(module, names):
-                        hook = partial(self._see, watched)
-                        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-                self._seen.clear()
-
     def end_of_pass(self) -> None:
-        """Lets go of the inputs of this pass."""
         self._seen.clear()
 
     def means(self, energy: float) -> dict[str, Tensor]:
@@ -184,29 +225,7 @@ class InputGrams:
                 done[id(total)] = total.mean(energy, self._label, layer)
         return {layer: done[id(total)] for layer, total in self._sums.items()}
 
-    def _watched(self, module: nn.Module, names: Mapping[int, str]) -> dict[str, _Watch]:
-        """The layers of a module that are measured, by the module's own name for them."""
-        reader = READERS.get(getattr(type(module), "forward", None))
-        if reader is None:
-            return {}
-        rows, geometry = reader(module)
-        kind = LayerKind.VECTOR if reader is _of_norm else LayerKind.MATRIX
-        watched = {}
-        for leaf in LEAVES:
-            layer = names.get(id(getattr(module, leaf, None)), "")
-            if layer in self._layers and self._layers[layer].kind is kind:
-                watched[leaf] = _Watch(layer, rows, geometry)
-        return watched
-
-    def _see(
-        self, watched: dict[str, _Watch], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        for leaf, given in _inputs(module, args, kwargs).items():
-            if leaf in watched and given.numel():  # an expert may be called with no token
-                self._add(watched[leaf], given)
-
-    @torch.no_grad()
-    def _add(self, watch: _Watch, given: Tensor) -> None:
+    def add(self, watch: Watch, given: Tensor) -> None:
         """Adds an input to a layer's sum, or takes over the sum of a layer that has just added the same."""
         before = self._sums.get(watch.layer) or _EMPTY[self._layers[watch.layer].kind]
         key = (id(before), id(given), given._version, watch.geometry)
@@ -296,7 +315,7 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _no_fused_attention() -> Iterator[None]:
+def no_fused_attention() -> Iterator[None]:
     """torch's fused path for whole transformer layers calls no module inside, so no hook."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

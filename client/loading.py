@@ -12,6 +12,10 @@ BUILT_IN = {
     "text": "fedmerge.deploy.streams.text:text",
     "text-hard": "fedmerge.deploy.streams.text_hard:text_hard",
     "vision": "fedmerge.deploy.streams.vision:vision",
+    "permuted-mnist": "fedmerge.deploy.streams.permuted:permuted_mnist",
+    "split-cifar": "fedmerge.deploy.streams.split:split_cifar",
+    "split-fashion": "fedmerge.deploy.streams.split:split_fashion",
+    "split-mnist": "fedmerge.deploy.streams.split:split_mnist",
     "example": "fedmerge.deploy.streams.example:example",
 }
 

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from glob import escape
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
+from fedmerge.client.correction import CorrectionReport, correct
+from fedmerge.client.joint import joined
+from fedmerge.client.linearised import linearised
 from fedmerge.client.loading import load_stream
+from fedmerge.client.resume import RunCheckpoint
 from fedmerge.client.sharing import share
 from fedmerge.client.statistics import Measured, check_needs, measure, second_moments
-from fedmerge.client.tasks import Stream, StreamOptions, Task
+from fedmerge.client.tasks import Stream, StreamOptions, Task, TrainingConfig
 from fedmerge.client.training import OnStep, TrainingReport, fine_tune, score
 from fedmerge.common.base import Base
 from fedmerge.common.checkpoint import Checkpoint
+from fedmerge.common.layers import LayerKind
 from fedmerge.common.score import Score
 from fedmerge.common.statistics import Statistic, Statistics
 from fedmerge.common.taskvector import Manifest, TaskVector
+from fedmerge.common.training import Correction, LocalTraining, SketchSpec
 
 
 @dataclass(frozen=True)
@@ -44,41 +52,87 @@ class Site:
         seed: int,
         site: str,
         origin: TaskVector | None = None,
+        origin_version: int = 0,
         device: str = "auto",
         on_step: OnStep | None = None,
         needs: Collection[str] = (),
+        training: LocalTraining | None = None,
+        also: Sequence[Task] = (),
+        sketch: SketchSpec | None = None,
+        bases: Mapping[str, Tensor] | None = None,
+        private_seed: int | None = None,
+        memory: dict[str, Tensor] | None = None,
+        checkpoint: RunCheckpoint | None = None,
     ) -> tuple[TaskVector, TrainingReport]:
         """Fine-tunes from the base plus ``origin`` and returns what moved.
 
-        The vector is measured from where training started, and is zero by declaration where the
-        stream freezes parameters.
+        The vector is measured from where training started; layers that were not trained are unchanged by
+        declaration, and low-rank adapters come as their factors.
 
         Args:
+            origin_version: the version that ``origin`` is, 0 if it is none.
             needs: names of statistics that come with the vector, of every layer that it stores.
+            training: what departs from the stream's training. ``also``: tasks to learn at the same time; the
+                stream's number of steps is meant for each.
+            sketch: how to sketch, where a sketch is needed; ``private_seed``: as for
+                :func:`~fedmerge.client.statistics.measure`. ``bases``: input directions that are protected.
+            memory, checkpoint: as for :func:`~fedmerge.client.training.fine_tune`.
 
         Raises:
-            ConfigError: a statistic that is not known, or a number in the stream's settings out of range.
+            ConfigError: a statistic that is not known or cannot be had from this training, or a number in
+                the settings out of range.
             NonFinite: training diverged, or statistics came out NaN or infinite.
         """
         check_needs(needs)
+        training = training or LocalTraining()
         started, moments = self._start(origin), dict[str, Tensor]()
 
-        def keep_moments(optimizer: AdamW) -> None:
+        def keep_moments(optimizer: Optimizer) -> None:
             if Statistic.SECOND_MOMENT in needs:
                 moments.update(second_moments(self.model, optimizer))
 
-        report = fine_tune(self.model, task, self.stream.training, seed, on_step, device, keep_moments)
-        manifest = Manifest(self.base.fingerprint, 0, task.name, site, report.examples)
-        tuned = Checkpoint.of(self.model.state_dict(), f"fine-tuned {task.name}")
-        vector = TaskVector.from_checkpoints(
-            started, tuned, manifest=manifest, frozen=self.stream.training.frozen, private=self.stream.private
+        learned = joined([task, *also])
+        report = fine_tune(
+            self.model,
+            learned,
+            self._config(1 + len(also)),
+            seed,
+            on_step,
+            device,
+            keep_moments,
+            training=training,
+            base=self._weights() if training.tangent is not None else None,
+            bases=bases,
+            memory=memory,
+            checkpoint=checkpoint,
         )
-        vector = vector.in_memory()
+        manifest = Manifest(self.base.fingerprint, origin_version, task.name, site, report.examples)
+        vector = self._moved(started, report, manifest)
         if needs:
-            measured = self._measured(task, needs, vector.names, moments, seed, device)
+            measuring = partial(measure, sketch=sketch, bases=bases, private_seed=private_seed)
+            found = self._measured(learned, needs, vector.names, moments, seed, device, measuring)
             manifest = replace(vector.manifest, statistics=tuple(sorted(set(needs))))
-            vector = replace(vector, manifest=manifest, statistics=Statistics.of(measured))
+            vector = replace(vector, manifest=manifest, statistics=Statistics.of(found))
         return vector, report
+
+    def _config(self, tasks: int) -> TrainingConfig:
+        """The stream's settings for so many tasks at once."""
+        own = self.stream.training
+        return replace(own, steps=own.steps * tasks)
+
+    def _moved(self, started: Base, report: TrainingReport, manifest: Manifest) -> TaskVector:
+        """What the model's weights are beyond those it started from, in memory."""
+        tuned = Checkpoint.of(self.model.state_dict(), f"fine-tuned {manifest.task}")
+        still = frozenset(started.merged_layers) - report.trained
+        vector = TaskVector.from_checkpoints(
+            started,
+            tuned,
+            manifest=manifest,
+            frozen=(*self.stream.training.frozen, *map(escape, still)),
+            private=self.stream.private,
+        )
+        held = {name: report.updates.get(name) or vector.read(name) for name in vector.names}
+        return TaskVector.of(held, vector.unchanged, vector.manifest, vector.label)
 
     def _measured(
         self,
@@ -88,25 +142,81 @@ class Site:
         moments: Mapping[str, Tensor],
         seed: int,
         device: str,
+        measuring: Callable[..., Measured],
     ) -> Measured:
         """The statistics of these layers at the weights the model has now; ``moments`` are AdamW's."""
         layers = {name: self.base.layers[name] for name in names}
         found: Measured = {name: {} for name in layers}
         if set(needs) - {Statistic.SECOND_MOMENT}:
-            found = measure(self.model, task, needs, layers, self.stream.training, seed=seed, device=device)
+            config = self.stream.training
+            found = measuring(self.model, task, needs, layers, config, seed=seed, device=device)
         if Statistic.SECOND_MOMENT in needs:
             for name, layer in layers.items():
                 found[name][Statistic.SECOND_MOMENT] = moments.get(name, torch.zeros(layer.shape))
         return found
 
+    def correct(
+        self,
+        task: Task,
+        merged: TaskVector,
+        previous: TaskVector,
+        settings: Correction,
+        *,
+        seed: int,
+        site: str,
+        origin_version: int,
+        device: str = "auto",
+        tangent: bool = False,
+    ) -> tuple[TaskVector, CorrectionReport]:
+        """Fits a projection of the merged model to the representation by the model before it.
+
+        Args:
+            origin_version: the number of ``merged``.
+
+        Returns:
+            What is to be added to ``merged``: a vector of the fitted layers, all others unchanged.
+
+        Raises:
+            ConfigError, NonFinite: as :func:`fedmerge.client.correction.correct` does.
+        """
+        matrices = [name for name, layer in self.base.merged_layers.items() if layer.kind is LayerKind.MATRIX]
+        changes, report = correct(
+            self.model,
+            task,
+            dict(merged.apply(self.base)),
+            dict(previous.apply(self.base)),
+            settings,
+            layers=matrices,
+            seed=seed,
+            device=device,
+            base=self._weights() if tangent else None,
+        )
+        unchanged = [name for name in self.base.merged_layers if name not in changes]
+        manifest = Manifest(self.base.fingerprint, origin_version, task.name, site, report.examples)
+        return TaskVector.of(changes, unchanged, manifest, f"correction of {site}"), report
+
     def score(
-        self, tasks: Iterable[Task], merged: TaskVector | None = None, device: str = "auto"
+        self,
+        tasks: Iterable[Task],
+        merged: TaskVector | None = None,
+        device: str = "auto",
+        tangent: bool = False,
     ) -> dict[str, Score]:
-        """Scores of the base plus a merged vector, by task; the model itself as it is if None."""
+        """Scores of the base plus a merged vector, by task; the model itself as it is if None.
+
+        Args:
+            tangent: of the model's linearisation at the base.
+        """
         if merged is not None:
             put(self.model, dict(merged.apply(self.base)))
         batch = self.stream.training.eval_batch_size
-        return {task.name: score(self.model, task, batch, device) for task in tasks}
+        with linearised(self.model, self._weights()) if tangent else nullcontext():
+            return {task.name: score(self.model, task, batch, device) for task in tasks}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The base's own weights; private layers as the model has them."""
+        held = {name: self.base.read(name) for name in self.base.layers}
+        return {**self.model.state_dict(), **held}
 
     def reset(self) -> None:
         """Puts the base's weights back."""

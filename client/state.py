@@ -7,6 +7,8 @@ Layout:
     incoming*               a version that is arriving in ranges
     outbox/                 results of training: KEY.safetensors and, once that is complete, KEY.json
     refusals.jsonl          results that the server refused, and why
+    memory.safetensors      what the site keeps from one local run to the next; memory.json: of which
+    run/                    where a local run stands, until its result is kept
     base.json               fingerprint of the base when it was last computed
 
 Everything is written so that a crash leaves the old or the new, and a file without its JSON is ignored.
@@ -22,8 +24,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
+import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 
+from fedmerge.client.memory import SiteMemory, memory_of
 from fedmerge.common.errors import MismatchError, NotFound, StoreFull
 from fedmerge.common.ranges import RangeManifest, read_file
 from fedmerge.common.records import Dtype
@@ -125,13 +132,23 @@ class SiteState:
     # --- results ---
 
     def keep(
-        self, vector: TaskVector, *, key: str, metrics: Mapping[str, int | float], range_bytes: int
+        self,
+        vector: TaskVector,
+        dtype: torch.dtype = torch.float32,
+        *,
+        key: str,
+        metrics: Mapping[str, int | float],
+        range_bytes: int,
     ) -> Result:
-        """Keeps a result until the server has it; an earlier one of the same task is replaced."""
+        """Keeps a result until the server has it; an earlier one of the same task is replaced.
+
+        Args:
+            dtype: that the vector is written with.
+        """
         task = vector.manifest.task
         about, path = self._about(task), self._vector(task)
         about.unlink(missing_ok=True)
-        save(vector, path)
+        save(vector, path, dtype=dtype)
         result = Result(task, key, RangeManifest.of(path, range_bytes), dict(metrics), time.time())
         _write(about, asdict(result))
         return result
@@ -180,6 +197,30 @@ class SiteState:
 
     def _vector(self, task: str) -> Path:
         return self._outbox / f"{_name(task)}.safetensors"
+
+    # --- memory ---
+
+    def memory(self) -> SiteMemory:
+        """What the site keeps from run to run; empty at first, and where it cannot be read.
+
+        The number of releases is kept in ``memory.json``, which is written after the tensors.
+        """
+        try:
+            facts = json.loads((self.folder / "memory.json").read_bytes())
+        except (OSError, ValueError):
+            return SiteMemory()
+        path = self.folder / "memory.safetensors"
+        try:
+            tensors = load_file(path) if path.is_file() else {}
+        except SafetensorError:
+            tensors = {}
+        return memory_of(tensors, facts if isinstance(facts, dict) else {})
+
+    def remember(self, memory: SiteMemory) -> None:
+        """Puts a memory in place of the one before."""
+        with replacing(self.folder / "memory.safetensors") as file:
+            file.write(save_tensors(dict(memory.tensors)))
+        _write(self.folder / "memory.json", memory.facts())
 
     # --- the base ---
 

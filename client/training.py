@@ -1,28 +1,42 @@
-"""One plain training loop, and the scoring that goes with it."""
+"""Fine-tuning a model on a task, and scoring it."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from torch import nn
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from fedmerge.client.batches import Order, split, steps_of
+from fedmerge.client.loop import TrainingLoop, optimizer_of
+from fedmerge.client.options import options_of
+from fedmerge.client.options.option import Run
+from fedmerge.client.resume import RunCheckpoint
 from fedmerge.client.running import batch_of, left_as_found, place_of, seeded
 from fedmerge.client.tasks import Task, TrainingConfig, length
-from fedmerge.common.errors import ConfigError, NonFinite
+from fedmerge.common.errors import ConfigError
 from fedmerge.common.layers import matches
 from fedmerge.common.score import Score
+from fedmerge.common.taskvector import LayerUpdate
+from fedmerge.common.training import LocalTraining
+from fedmerge.common.training import Loop as LoopSettings
 
 OnStep = Callable[[int, int, float], None]
 """Called after every step with the step (from 1), the number of steps and the step's loss."""
-OnFinish = Callable[[AdamW], None]
-"""Called after the last step with the optimizer, whose state is dropped afterwards."""
+OnFinish = Callable[[Optimizer], None]
+"""Called after the last step, when the model is itself again, with the optimizer, whose state is dropped
+afterwards."""
+
+CHOICES = {
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("linear", "constant"),
+    "precision": ("full", "bf16", "fp16"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,10 +45,14 @@ class TrainingReport:
 
     Attributes:
         steps: optimizer steps taken.
-        examples: distinct training examples held, however often each was seen.
-        final_loss: loss of the last batch, before its step.
-        mean_loss: mean of the batch losses over all steps.
-        seconds: wall-clock time of the loop.
+        examples: distinct training examples that it trained on, however often each was seen.
+        final_loss: loss of the last step, before it.
+        mean_loss: mean of the losses over all steps.
+        seconds: wall-clock time of the steps, those before a restart too.
+        kept_step: the step whose weights the model has now; the last one, unless the run was stopped early.
+        trained: names in the state dict of what may have changed: parameters that were trained, and buffers.
+            All others have the bits they had.
+        updates: layers whose update is known in a better form than as a difference of weights.
     """
 
     steps: int
@@ -42,6 +60,9 @@ class TrainingReport:
     final_loss: float
     mean_loss: float
     seconds: float
+    kept_step: int = 0
+    trained: frozenset[str] = frozenset()
+    updates: Mapping[str, LayerUpdate] = field(default_factory=dict)
 
 
 def fine_tune(
@@ -52,38 +73,89 @@ def fine_tune(
     on_step: OnStep | None = None,
     device: str = "auto",
     on_finish: OnFinish | None = None,
+    *,
+    training: LocalTraining | None = None,
+    base: Mapping[str, Tensor] | None = None,
+    bases: Mapping[str, Tensor] | None = None,
+    memory: dict[str, Tensor] | None = None,
+    checkpoint: RunCheckpoint | None = None,
 ) -> TrainingReport:
     """Trains ``model`` on ``task`` in place.
 
-    The same seed, model, task and config give the same weights on one machine's CPU with one number of
-    threads; torch's global generator is left as it was. ``requires_grad`` of every parameter, the
-    training mode and the device of the model are restored afterwards, also when an error is raised; the
-    weights are then those of the last completed step.
+    The same seed, model, task and settings give the same weights on one machine's CPU with one number of
+    threads, also when the run was interrupted and resumed; torch's global generator is left as it was.
+    ``requires_grad`` of every parameter, the training mode, the modules and the device of the model are
+    restored afterwards, also when an error is raised; the weights are then those of the last completed step.
 
     Args:
-        seed: of the order of the examples and of dropout.
+        seed: of the order of the examples, of dropout and of what options draw.
         on_step: progress; see :data:`OnStep`.
         device: ``auto`` (CUDA if there is one, else CPU) or a torch device.
         on_finish: what to keep of the optimizer; see :data:`OnFinish`.
+        training: what departs from ``config`` and from the plain loop; nothing if None.
+        base: the pretrained weights. ``bases``: input directions that the server protects, by layer.
+        memory: what the options keep from run to run; changed in place.
+        checkpoint: where the run's state is kept, for a restart. The call must be the same, with the weights
+            that the run started from. Numbers that a dataset draws other than from torch are not kept. It
+            is the caller's to remove, once the result is safe.
 
     Raises:
-        ConfigError: the task has no training examples, a number in ``config`` is out of range, or
-            ``config.frozen`` leaves nothing to train.
+        ConfigError: the task has no training examples, a setting is out of range or does not fit the model,
+            or nothing is left to train.
         NonFinite: the loss or the gradients became NaN or infinite.
     """
-    _check_training(task, config)
+    training = training or LocalTraining()
+    config = settled(config, training.loop)
     place = place_of(device)
+    _check_training(task, config, place)
+    if training.stop and length(task.train) < 2:
+        raise ConfigError("too few training examples to hold some out", where=f"task {task.name!r}", wanted=2)
+    rows, held_out = split(length(task.train), training.stop.held_out if training.stop else 0.0, seed)
     with left_as_found(model), seeded(seed, place):
         model.to(place).train()
-        optimizer = AdamW(_freeze(model, config), lr=config.learning_rate, weight_decay=config.weight_decay)
-        started = time.perf_counter()
-        losses = _train(model, optimizer, task, config, seed, on_step, place)
-        seconds = time.perf_counter() - started
+        trained = _freeze(model, config)
+        run = Run(
+            model=model,
+            trained=trained,
+            config=config,
+            steps=steps_of(config, len(rows)),
+            generator=torch.Generator().manual_seed(seed + 1),
+            start={name: p.detach().clone() for name, p in trained.items()} if training.options else {},
+            base=base or {},
+            bases=bases or {},
+            memory={} if memory is None else memory,
+        )
+        if held_out:
+            run.held_out_loss = partial(_mean_loss, model, task, held_out, config.eval_batch_size, place)
+        options = options_of(training, run)
+        with ExitStack() as stack:
+            for option in options:
+                stack.enter_context(option)
+            optimizer = run.optimizer = optimizer_of(run.trained.values(), config)
+            loop = TrainingLoop(run, task, options, optimizer, Order(rows, config, seed), place)
+            _go(loop, on_step, checkpoint, about=repr((config, training, seed, len(rows))))
         if on_finish is not None:
             on_finish(optimizer)
+    updates = {name: update for option in options for name, update in option.updates().items()}
+    moved = (run.trained.keys() & trained.keys()) | updates.keys() | dict(model.named_buffers()).keys()
     return TrainingReport(
-        len(losses), length(task.train), losses[-1], math.fsum(losses) / len(losses), seconds
+        steps=run.step,
+        examples=len(rows),
+        final_loss=loop.losses[-1],
+        mean_loss=math.fsum(loop.losses) / len(loop.losses),
+        seconds=loop.seconds,
+        kept_step=run.step if run.kept is None else run.kept,
+        trained=frozenset(moved),
+        updates=updates,
     )
+
+
+def settled(config: TrainingConfig, loop: LoopSettings) -> TrainingConfig:
+    """A stream's settings with those of the server in their place; its steps replace epochs, too."""
+    asked = loop.model_dump(exclude_none=True)
+    if "steps" in asked:
+        asked.setdefault("epochs", None)
+    return replace(config, **asked)
 
 
 @torch.no_grad()
@@ -111,86 +183,64 @@ def score(model: nn.Module, task: Task, batch_size: int = 64, device: str = "aut
     return Score(total / examples, examples)
 
 
-def rate_factor(step: int, steps: int) -> float:
-    """Share of the peak learning rate in ``(0, 1]`` at ``step`` (from 0): up over a tenth, then down."""
-    warm_up = max(1, math.ceil(steps / 10))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return max(steps - step, 1) / (steps - warm_up + 1)
+def _go(loop: TrainingLoop, on_step: OnStep | None, checkpoint: RunCheckpoint | None, about: str) -> None:
+    """Runs the loop from where the checkpoint says, or from its start."""
+    saved = checkpoint.read(about) if checkpoint is not None else None
+    if saved is not None:
+        loop.load(saved)
 
-
-def _train(
-    model: nn.Module,
-    optimizer: AdamW,
-    task: Task,
-    config: TrainingConfig,
-    seed: int,
-    on_step: OnStep | None,
-    place: torch.device,
-) -> list[float]:
-    trained = optimizer.param_groups[0]["params"]
-    schedule = LambdaLR(optimizer, lambda step: rate_factor(step, config.steps))
-    batches = _shuffled_batches(length(task.train), config.batch_size, seed)
-    losses: list[float] = []
-    for step in range(1, config.steps + 1):
-        loss = task.loss(model, batch_of(task, task.train, next(batches), place))
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            raise _diverged("loss", task, step, config)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = clip_grad_norm_(trained, config.max_grad_norm or math.inf)
-        if not torch.isfinite(norm):
-            raise _diverged("gradient", task, step, config)
-        optimizer.step()
-        schedule.step()
+    def after_step() -> None:
+        if checkpoint is not None and checkpoint.due(loop.run.step):
+            checkpoint.write(loop.state(), about)
         if on_step is not None:
-            on_step(step, config.steps, losses[-1])
-    return losses
+            on_step(loop.run.step, loop.run.steps, loop.losses[-1])
+
+    loop.train(after_step)
 
 
-def _shuffled_batches(examples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers; every row is seen once before any is seen again."""
-    generator = torch.Generator().manual_seed(seed)
-    size = min(batch_size, examples)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < size:
-            waiting += torch.randperm(examples, generator=generator).tolist()
-        yield waiting[:size]
-        waiting = waiting[size:]
+@torch.no_grad()
+def _mean_loss(
+    model: nn.Module, task: Task, rows: Sequence[int], batch_size: int, place: torch.device
+) -> float:
+    """Mean loss over these training examples, in evaluation mode; the modes are restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    total = 0.0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        total += len(batch) * float(task.loss(model, batch_of(task, task.train, batch, place)))
+    for module, training in modes:
+        module.training = training
+    return total / len(rows)
 
 
-def _freeze(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter]:
-    """Switches gradients off for frozen parameters; returns those still trained."""
+def _freeze(model: nn.Module, config: TrainingConfig) -> dict[str, nn.Parameter]:
+    """Switches gradients off for frozen parameters; returns those still trained, by name."""
     for name, parameter in model.named_parameters():
         if matches(name, config.frozen):
             parameter.requires_grad_(False)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ConfigError("nothing left to train", got=f"frozen = {config.frozen}", do="Freeze less.")
     return trained
 
 
-def _check_training(task: Task, config: TrainingConfig) -> None:
+def _check_training(task: Task, config: TrainingConfig, place: torch.device) -> None:
     where = f"task {task.name!r}"
     if not length(task.train):
         raise ConfigError("no training examples", where=where, wanted="at least 1")
-    for key in ("steps", "batch_size"):
-        if getattr(config, key) < 1:
-            raise ConfigError(
-                f"{key} out of range", where=where, got=getattr(config, key), wanted="at least 1"
-            )
-    for key in ("learning_rate", "weight_decay", "max_grad_norm"):
+    for key in ("steps", "epochs", "batch_size", "accumulate"):
+        count = getattr(config, key)
+        if count is not None and count < 1:
+            raise ConfigError(f"{key} out of range", where=where, got=count, wanted="at least 1")
+    for key in ("learning_rate", "weight_decay", "max_grad_norm", "momentum"):
         value = getattr(config, key)
         if not (math.isfinite(value) and value >= 0):
             raise ConfigError(f"{key} out of range", where=where, got=value, wanted="a finite number from 0")
-
-
-def _diverged(what: str, task: Task, step: int, config: TrainingConfig) -> NonFinite:
-    return NonFinite(
-        f"the {what} is not finite at step {step} of {config.steps}",
-        where=f"task {task.name!r}",
-        got=f"learning_rate {config.learning_rate:g}",
-        do="Lower the learning rate, or look for empty or broken examples.",
-    )
+    for key, known in CHOICES.items():
+        if getattr(config, key) not in known:
+            raise ConfigError(
+                f"unknown {key}", where=where, got=getattr(config, key), wanted=" or ".join(known)
+            )
+    if config.precision == "fp16" and place.type != "cuda":
+        raise ConfigError("fp16 needs a CUDA device", where=where, got=place.type, do="Use bf16.")

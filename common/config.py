@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -11,8 +12,8 @@ from fedmerge.common.errors import ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
 
-Partition = Annotated[str, Field(pattern=r"^(iid|dirichlet:(\d+(\.\d*)?|\.\d+))$")]
-"""How sites share a task's rows: ``iid`` or ``dirichlet:ALPHA``."""
+Partition = Annotated[str, Field(pattern=r"^(iid|dirichlet:(\d+(\.\d*)?|\.\d+)|shards:[1-9]\d*)$")]
+"""How sites share a task's rows: ``iid``, ``dirichlet:ALPHA`` or ``shards:K``."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """As torch, numpy and messages take it."""
@@ -36,3 +37,18 @@ def validated(kind: type[Config], settings: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"setting {'.'.join(map(str, first['loc']))!r}: {first['msg']}", got=repr(first.get("input"))
         ) from error
+
+
+def from_json(kind: type[Config], text: str, *, where: str) -> Config:
+    """A config from JSON, as it travels in a message; the defaults if there is no text.
+
+    Raises:
+        ConfigError: not JSON, or naming the first key that is wrong.
+    """
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"{kind.__name__} is not JSON", where=where, got=ascii(text[:40])) from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{kind.__name__} is not a JSON object", where=where, got=type(found).__name__)
+    return validated(kind, found)

@@ -103,6 +103,11 @@ def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return repeated
 
 
+def stores_in_by_out(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's ``Conv1D``: a linear layer with weights (in, out)."""
+    return type(module).__name__ == "Conv1D"
+
+
 def kinds_from_shapes(
     layers: Mapping[str, tuple[tuple[int, ...], torch.dtype]], private: Iterable[str] = ()
 ) -> dict[str, LayerKind]:
@@ -127,7 +132,7 @@ def _kind(name: str, dtype: torch.dtype, matrix: bool, private: tuple[str, ...])
 
 def _matrix_leaves(module: nn.Module) -> tuple[str, ...]:
     plain = (nn.Linear, nn.modules.conv._ConvNd)
-    if isinstance(module, plain) or type(module).__name__ == "Conv1D":
+    if isinstance(module, plain) or stores_in_by_out(module):
         return ("weight",)
     if isinstance(module, nn.MultiheadAttention):
         return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

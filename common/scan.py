@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fedmerge.common.errors import FileError, NonFinite, ShapeMismatch, UnsafeFile
 from fedmerge.common.header import Header, read_header
+from fedmerge.common.int8 import check_scales, dealt
+from fedmerge.common.parts import LEFT, RIGHT, SCALE
 from fedmerge.common.statisticparts import statistic_in
 from fedmerge.common.statistics import check_values
 from fedmerge.common.taskvector import LowRank, require_mergeable
-from fedmerge.common.vectorfile import LEFT, RIGHT, load
+from fedmerge.common.vectorfile import load
 
 BLOCK_BYTES = 2**20
 GRAM_RANK = 1024
@@ -102,13 +104,33 @@ class _BlockReader:
         self._file.close()
 
     def blocks(self, part: str) -> Iterator[Tensor]:
-        """The values of a tensor in float32, flat, in order."""
+        """The values of a tensor in float32, flat, in order.
+
+        Raises:
+            FileError: scales that :func:`check_scales` refuses.
+        """
         dtype = self._header.layout[part][1]
+        if dtype is torch.int8:
+            yield from self._scaled(part)
+        else:
+            yield from (block.float() for block in self._stored(part, dtype))
+
+    def _scaled(self, part: str) -> Iterator[Tensor]:
+        scales_S = self.whole(part + SCALE)
+        check_scales(scales_S, part, str(self._path))
+        _, scales, inner = dealt(part, self._header.layout[part][0])
+        start = 0
+        for integers in self._stored(part, torch.int8):
+            places = torch.arange(start, start + len(integers))
+            yield integers.float() * scales_S[places // inner % scales]
+            start += len(integers)
+
+    def _stored(self, part: str, dtype: torch.dtype) -> Iterator[Tensor]:
         begin, end = self._header.ranges[part]
         for offset in range(begin, end, len(self._buffer)):
             view = memoryview(self._buffer)[: end - offset]
             self._fill(view, offset)
-            yield torch.frombuffer(self._buffer, dtype=dtype, count=len(view) // dtype.itemsize).float()
+            yield torch.frombuffer(self._buffer, dtype=dtype, count=len(view) // dtype.itemsize)
 
     def whole(self, part: str) -> Tensor:
         """A tensor in float32, in its own shape."""

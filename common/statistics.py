@@ -1,6 +1,7 @@
 """Statistics: what a site may send beside its task vector, because a merge rule needs it.
 
-All of them are per layer, float32, and means over local samples, so that those of several sites add up.
+All of them are per layer and float32. Sketches are sums over local samples, all others means, so that those
+of several sites add up.
 
 - ``input_gram``: ``G = mean of x x^T`` over the inputs x of a matrix layer, as a factor R (r, N) with
   ``R^T R = G`` and r from 1 to N, N the columns of :attr:`LayerSpec.matrix_shape`. Of an elementwise scale
@@ -8,6 +9,10 @@ All of them are per layer, float32, and means over local samples, so that those 
   share one input share one Gram, which is held and sent once.
 - ``fisher``: the diagonal of the empirical Fisher information at the fine-tuned weights, the layer's shape.
 - ``second_moment``: AdamW's ``exp_avg_sq`` at the end of training, the layer's shape.
+- ``sketch``: of the inputs A (N, rows) of a matrix layer, the part ``A - U U^T A`` outside the directions U
+  that the server protects, times a random matrix that the site keeps to itself, (N, m).
+- ``residual``: ``||A - U U^T A|| / ||A||`` from 0 to 1, or the ratio of squares, as the server asks; (1,).
+  It comes with a sketch.
 
 Legend of shape suffixes: M out rows, N in columns, R rank.
 """
@@ -43,6 +48,15 @@ class Statistic(StrEnum):
     INPUT_GRAM = "input_gram"
     FISHER = "fisher"
     SECOND_MOMENT = "second_moment"
+    SKETCH = "sketch"
+    RESIDUAL = "residual"
+
+
+OF_INPUTS = frozenset({Statistic.INPUT_GRAM, Statistic.SKETCH, Statistic.RESIDUAL})
+"""What only layers have whose inputs can be measured; every layer has the others."""
+
+WIDEST = 8
+"""Most columns of a sketch in multiples of its layer's."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ def statistics_of(vector: TaskVector) -> Statistics:
 
 
 def is_factor(statistic: str, shape: Shape) -> bool:
-    """Whether it is a factor of a Gram; everything else is squares, elementwise."""
+    """Whether it is a factor of a Gram."""
     return statistic == Statistic.INPUT_GRAM and len(shape) == 2
 
 
@@ -149,17 +163,23 @@ def check_shape(
     """Refuses a statistic that does not fit its layer.
 
     Args:
-        matrix: whether the layer is one; where that is not known, either form of an input Gram passes.
+        matrix: whether the layer is one; where that is not known, what any layer of the shape may have fits.
 
     Raises:
         ShapeMismatch: naming the layer, got and wanted.
     """
+    numel, columns = prod(layer_shape), prod(layer_shape[1:])
     fits, wanted = shape == layer_shape, f"{layer_shape}"
     if statistic == Statistic.INPUT_GRAM:
-        numel, columns = prod(layer_shape), prod(layer_shape[1:])
         as_factor = len(shape) == 2 and 1 <= shape[0] <= shape[1] == columns
         fits = (as_factor and matrix is not False) or (shape == (numel,) and matrix is not True)
         wanted = f"(r, {columns}) with r from 1 to {columns} of a matrix, ({numel},) of another layer"
+    elif statistic == Statistic.SKETCH:
+        most = WIDEST * columns
+        fits = matrix is not False and len(shape) == 2 and shape[0] == columns and 1 <= shape[1] <= most
+        wanted = f"({columns}, m) with m from 1 to {most}, of a matrix alone"
+    elif statistic == Statistic.RESIDUAL:
+        fits, wanted = matrix is not False and shape == (1,), "(1,), of a matrix alone"
     if not fits:
         raise ShapeMismatch(
             f"{statistic} of a shape that does not fit the layer",
@@ -171,31 +191,36 @@ def check_shape(
 
 
 def check_values(statistic: str, shape: Shape, blocks: Iterable[Tensor], *, where: str, layer: str) -> None:
-    """Refuses values that no mean of squares can have.
+    """Refuses values that no data can give.
+
+    Factors of Grams and sketches may have any sign, and their squares are summed; everything else is squares
+    itself, or a ratio.
 
     Args:
         shape: of the statistic; ``blocks``: its values in float32, in any number of pieces.
 
     Raises:
-        NonFinite: NaN or infinities. BadStatistic: negative where squares are meant, or larger than ``MOST``.
+        NonFinite: NaN or infinities. BadStatistic: negative where squares are meant, or larger than ``MOST``;
+            a ratio above 1.
     """
-    factor = is_factor(statistic, shape)
+    signed = is_factor(statistic, shape) or statistic == Statistic.SKETCH
+    most = 1.0 if statistic == Statistic.RESIDUAL else MOST
     total, lowest = 0.0, 0.0
     for values in blocks:
         wide = values.double().flatten()
-        total += float(wide.dot(wide) if factor else wide.sum())
+        total += float(wide.dot(wide) if signed else wide.sum())
         lowest = min(lowest, float(wide.min()) if wide.numel() else 0.0)
     if not isfinite(total):
         raise NonFinite(
             f"{statistic} with values that are not finite in float32", where=where, layer=layer, wanted="none"
         )
-    if lowest < 0 and not factor:
+    if lowest < 0 and not signed:
         raise BadStatistic(f"{statistic} with negative values", where=where, layer=layer, wanted="squares")
-    if total > MOST:
+    if total > most:
         raise BadStatistic(
             f"{statistic} with a sum that is too large",
             where=where,
             layer=layer,
             got=f"{total:.1e}",
-            wanted=f"at most {MOST:.1e}",
+            wanted=f"at most {most:.1e}",
         )

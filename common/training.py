@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedmerge.common.config import validated
 from fedmerge.common.errors import ConfigError
+from fedmerge.common.statistics import WIDEST
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -103,7 +104,7 @@ class Migu(_Frozen):
     """Updates only the units with the largest outputs (arXiv 2406.17245).
 
     Attributes:
-        quantile: of a layer's units by summed magnitude; those above it are trained.
+        quantile: of a layer's units by summed magnitude; those at or above it are trained.
     """
 
     quantile: Annotated[float, Field(ge=0, lt=1)] = 0.7
@@ -141,10 +142,10 @@ class LocalTraining(_Frozen):
     lora: Lora | None = None
     tangent: Tangent | None = None
     perturb: Perturb | None = None
-    osft: Osft | None = None
-    coso: Coso | None = None
     migu: Migu | None = None
     prox: Prox | None = None
+    coso: Coso | None = None
+    osft: Osft | None = None
     project: Project | None = None
     stop: Stop | None = None
 
@@ -178,3 +179,38 @@ class LocalTraining(_Frozen):
 
 OPTIONS = tuple(name for name in LocalTraining.model_fields if name != "loop")
 """Names of the training options, in the order in which they act."""
+
+
+class Correction(_Frozen):
+    """One projection of the merged model fitted to the representation by the model before the last merge
+    (arXiv 2509.23592).
+
+    Attributes:
+        layers: comma-separated patterns of what is fitted; empty is the last matrix layer that runs.
+        loss: between the two representations.
+        learning_rate: AdamW's. ``epochs``: passes over the task's training examples.
+    """
+
+    layers: str = ""
+    loss: Literal["l1", "mse"] = "l1"
+    learning_rate: Amount = 1e-7
+    epochs: Count = 1
+    batch_size: Count = 64
+
+
+class SketchSpec(_Frozen):
+    """How sites sketch the inputs of a layer outside the directions that are protected (arXiv 2309.01289).
+
+    Attributes:
+        width: columns of a sketch in multiples of the layer's. ``distribution``: of the random numbers that
+            rows are mixed with, standard ``normal`` or ``uniform`` from -1 to 1.
+        squared: whether the residual's ratio is one of squared norms.
+    """
+
+    width: Annotated[float, Field(gt=0, le=WIDEST)] = 1.0
+    distribution: Literal["normal", "uniform"] = "normal"
+    squared: bool = False
+
+    def columns(self, inputs: int) -> int:
+        """Columns of a sketch of a layer of so many columns, at least 1."""
+        return max(1, round(self.width * inputs))

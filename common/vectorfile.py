@@ -1,11 +1,12 @@
 """Task vectors as safetensors files, on disk and on the wire.
 
-Tensors, float32 when written here unless bfloat16 is asked for:
+Tensors, float32 when written here unless bfloat16 or int8 is asked for:
 
     NAME            a dense layer, in the layer's own shape
     NAME#left       (M, R), with NAME#right (R, N): a low-rank layer; the scale is in the left factor
-    NAME#STATISTIC  input_gram, fisher or second_moment of a layer stored here, in the shapes that
-                    common.statistics describes
+    NAME#STATISTIC  input_gram, fisher, second_moment, sketch or residual of a layer stored here, in the
+                    shapes that common.statistics describes
+    PART#scale      float32 scales of PART, one of the first three, where that is int8, see common.int8
 
 Metadata, all strings:
 
@@ -20,7 +21,7 @@ Metadata, all strings:
     shared_input    JSON object from each layer whose input Gram is that of another one, and is therefore
                     not stored, to the layer that stores it; only where there is such a layer
 
-Readers also take float16, bfloat16 and float64 tensors; they become float32 when they are read.
+Readers also take float16 and float64 tensors; all become float32 when they are read.
 
 Legend of shape suffixes: M out rows, N in columns, R rank.
 """
@@ -57,15 +58,17 @@ from fedmerge.common.header import (
     read_header,
     unique_keys,
 )
+from fedmerge.common.int8 import check_layout, decoder
 from fedmerge.common.layers import FLOAT_DTYPES, describe, short_dtype
+from fedmerge.common.parts import LEFT, RIGHT, SCALE
 from fedmerge.common.statisticparts import check_listed, open_statistics, part_of, statistic_in
 from fedmerge.common.statistics import Shape, Statistic, Statistics, check_shape, check_values, statistics_of
-from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, Manifest, TaskVector, require_mergeable
+from fedmerge.common.stored import tensors_of, update_from
+from fedmerge.common.taskvector import LayerUpdate, LowRank, Manifest, TaskVector, require_mergeable
 from fedmerge.common.writing import CODES, replacing
 
 FAMILY = "fedmerge.task_vector/"
 FORMAT = FAMILY + "1"
-LEFT, RIGHT = "#left", "#right"
 SHARED_INPUT = "shared_input"
 KEYS = ("base", "origin_version", "task", "site", "examples", "statistics", "unchanged", "low_rank")
 WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
@@ -81,7 +84,8 @@ def save(vector: TaskVector, path: Path | str, dtype: torch.dtype = torch.float3
     and renamed over whatever was there.
 
     Args:
-        dtype: of the payload, factors too: float32, or bfloat16, to which values are rounded to nearest even.
+        dtype: of the payload, factors too: float32; bfloat16, to which values are rounded to nearest even; or
+            int8, which leaves statistics in float32.
 
     Raises:
         FileError: the folder is missing or cannot be written, or a layer's name cannot be stored.
@@ -155,7 +159,7 @@ def write(vector: TaskVector, file: BinaryIO, dtype: torch.dtype = torch.float32
     check_listed(statistics, vector.manifest.statistics, vector.label)
     shared = statistics.shared_among(vector.names)
     _manifest(_metadata(vector.manifest, vector.unchanged, {}, shared), vector.label)
-    room_bytes = _room(vector, statistics)
+    room_bytes = _room(vector, statistics, dtype)
     file.seek(LENGTH_BYTES + room_bytes)
     payload = _Payload(file, dtype)
     low_rank = _write_layers(vector, statistics, shared, payload)
@@ -168,16 +172,17 @@ def write(vector: TaskVector, file: BinaryIO, dtype: torch.dtype = torch.float32
     return total_bytes
 
 
-def _room(vector: TaskVector, statistics: Statistics) -> int:
+def _room(vector: TaskVector, statistics: Statistics, dtype: torch.dtype) -> int:
     """Bytes that the header certainly fits in, a multiple of 8."""
     longest = [LONGEST_NUMBER] * 2
     entry = {"dtype": "BF16", "shape": longest, "data_offsets": longest}
+    suffixes = (LEFT, RIGHT, LEFT + SCALE, RIGHT + SCALE) if dtype is torch.int8 else (LEFT, RIGHT)
     shared = statistics.shared_among(vector.names)
     total = len(_compact({"__metadata__": _metadata(vector.manifest, vector.unchanged, {}, shared)}))
     for name in vector.names:
         dims = len(vector.shapes[name]) if name in vector.shapes else MAX_DIMS
         shape = [LONGEST_NUMBER] * dims
-        total += len(_compact({name + LEFT: entry, name + RIGHT: entry}))
+        total += len(_compact(dict.fromkeys((name + suffix for suffix in suffixes), entry)))
         total += len(_compact(json.dumps({name: shape})))
     for name, statistic in statistics.stored(vector.names):
         shape = [LONGEST_NUMBER] * len(statistics.shapes[name][statistic])
@@ -190,7 +195,7 @@ def _compact(value: object) -> bytes:
 
 
 class _Payload:
-    """Tensors written one after the other in one dtype; ``entries`` describes them for the header."""
+    """Tensors written one after the other, layers in ``dtype``; ``entries`` describes them for the header."""
 
     def __init__(self, file: BinaryIO, dtype: torch.dtype) -> None:
         self._file, self.dtype, self._offset = file, dtype, 0
@@ -201,7 +206,7 @@ class _Payload:
         self._file.write(values)
         end = self._offset + len(values)
         self.entries[part] = {
-            "dtype": CODES[self.dtype],
+            "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self._offset, end],
         }
@@ -214,16 +219,16 @@ def _write_layers(
     """Every layer and its statistics behind it; the shapes of the low-rank layers."""
     low_rank: dict[str, tuple[int, ...]] = {}
     for name, update in vector.items():
-        parts = (name + LEFT, name + RIGHT) if isinstance(update, LowRank) else (name,)
-        stored = _rounded(update, payload.dtype)
-        require_mergeable(stored, where=vector.label, layer=name)
         if isinstance(update, LowRank):
             low_rank[name] = update.shape
-        for part, tensor in zip(parts, stored.tensors(), strict=True):
+        parts = tensors_of(name, update, payload.dtype)
+        held = update_from(name, low_rank, decoder(parts.__getitem__, vector.label))
+        require_mergeable(held, where=vector.label, layer=name)
+        for part, tensor in parts.items():
             payload.put(part, tensor)
         for statistic, values in statistics(name).items():
             if statistic != Statistic.INPUT_GRAM or name not in shared:
-                rounded = values.to(payload.dtype)
+                rounded = values.to(torch.float32 if payload.dtype is torch.int8 else payload.dtype)
                 _check_statistic(statistic, rounded, update.shape, vector.label, name)
                 payload.put(part_of(name, statistic), rounded)
     return low_rank
@@ -233,12 +238,6 @@ def _check_statistic(statistic: str, values: Tensor, layer_shape: Shape, label: 
     shape = tuple(values.shape)
     check_shape(statistic, shape, layer_shape, where=label, layer=name)
     check_values(statistic, shape, [values.float()], where=label, layer=name)
-
-
-def _rounded(update: LayerUpdate, dtype: torch.dtype) -> LayerUpdate:
-    if isinstance(update, LowRank):
-        return LowRank(update.left_MR.to(dtype), update.right_RN.to(dtype), update.shape)
-    return Dense(update.values.to(dtype))
 
 
 def _metadata(
@@ -267,14 +266,10 @@ def _open(label: str, header: Header, read_tensor: Callable[[str], Tensor]) -> T
     shared = _shared_input(metadata, label)
     statistics = open_statistics(header, shared, shapes, label, read_tensor)
     check_listed(statistics, manifest.statistics, label)
+    decode = decoder(read_tensor, label)
 
     def read(name: str) -> LayerUpdate:
-        update: LayerUpdate
-        if name in low_rank:
-            left, right = read_tensor(name + LEFT).float(), read_tensor(name + RIGHT).float()
-            update = LowRank(left, right, low_rank[name])
-        else:
-            update = Dense(read_tensor(name).float())
+        update = update_from(name, low_rank, decode)
         require_mergeable(update, where=label, layer=name)
         return update
 
@@ -378,7 +373,7 @@ def _layers(
     for part in sorted(header.layout, key=lambda part: header.ranges[part]):
         name, hash_sign, factor = part.partition("#")
         _check_part(name, part, header, label)
-        if statistic_in(part):
+        if statistic_in(part) or part.endswith(SCALE):
             continue
         if not hash_sign:
             shapes[name] = header.layout[part][0]
@@ -388,6 +383,7 @@ def _layers(
             shapes.setdefault(name, low_rank[name])
     for name, shape in low_rank.items():
         _check_factors(name, shape, header, label)
+    check_layout(header, label)
     for name in unchanged:
         if name in shapes:
             raise FileError("both stored and called unchanged", where=label, layer=name)
@@ -398,13 +394,13 @@ def _check_part(name: str, part: str, header: Header, label: str) -> None:
     shape, dtype = header.layout[part]
     if not name:
         raise UnsafeFile("a layer's name is empty", where=label, got=repr(part))
-    if dtype not in FLOAT_DTYPES:
+    if dtype not in FLOAT_DTYPES and (dtype is not torch.int8 or statistic_in(part)):
         raise DtypeMismatch(
             "a dtype that cannot be merged",
             where=label,
             layer=name,
             got=describe(shape, dtype),
-            wanted=" or ".join(short_dtype(d) for d in FLOAT_DTYPES),
+            wanted=" or ".join(short_dtype(d) for d in (*FLOAT_DTYPES, torch.int8)),
         )
 
 

@@ -31,6 +31,9 @@ from typing import Any, ClassVar, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
 
 from fedmerge.common.errors import MismatchError, VersionMismatch
 from fedmerge.common.ranges import MAX_MESSAGE_BYTES, RANGE_BYTES, RangeManifest
@@ -123,6 +126,7 @@ class TrainJob:
         also: further tasks to learn at the same time. ``training``: JSON of a ``LocalTraining``.
         compress: how the vector is made smaller, see ``fedmerge.common.compression``.
         score: whether to score the fine-tuned model.
+        learning: of which way of learning, where a run has several; what a site keeps belongs to one.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = EXACT
@@ -144,6 +148,7 @@ class TrainJob:
     training: str = ""
     compress: str = "none"
     score: bool = True
+    learning: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,13 +156,14 @@ class CorrectJob:
     """Fit one projection of the merged model to the representation by the model before it.
 
     Attributes:
-        correction: JSON of a ``Correction``. ``training``: of the ``LocalTraining`` the task was learned with.
+        correction: JSON of a ``Correction``. ``training``: of the ``LocalTraining`` that taught the task.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = EXACT
 
     task: str
     base: str
+    origin_version: int
     seed: int
     part: int
     parts: int
@@ -275,6 +281,20 @@ def vector_bytes(content: RecordDict, key: str, *, where: str) -> bytes:
 def unpack_vector(content: RecordDict, key: str, *, where: str) -> TaskVector:
     """The task vector in a message; it is parsed strictly and read lazily."""
     return from_bytes(vector_bytes(content, key, where=where), label=where)
+
+
+def unpack_bases(content: RecordDict, *, where: str) -> dict[str, Tensor]:
+    """The protected directions in a message, by layer; none if there are none.
+
+    Raises:
+        MismatchError: not a safetensors file.
+    """
+    if BASES not in content:
+        return {}
+    try:
+        return load_tensors(vector_bytes(content, BASES, where=where))
+    except SafetensorError as error:
+        raise MismatchError("not a safetensors file", where=f"{BASES} of {where}", got=str(error)) from error
 
 
 def pack_job(job: AnyJob) -> ConfigRecord:

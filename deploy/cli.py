@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from fedmerge import __version__
-from fedmerge.common.config import listed, validated
-from fedmerge.common.errors import ConfigError, EngineError, FedmergeError
+from fedmerge.common.config import validated
+from fedmerge.common.errors import EngineError, FedmergeError
 from fedmerge.deploy import certs, leaderboard_cli, remote
 from fedmerge.deploy.launch import cli as launch
 
@@ -83,11 +81,39 @@ def simulate_command(
     tasks: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many tasks of the stream.")
     ] = None,
-    rule: Rules = "least_interference,opcm,average",
-    settings: Settings = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="Rules that merge the same vectors, comma-separated, or 'all'; docs/rules.md lists them. "
+            "least_interference,opcm,average unless methods are named."
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Methods with a training of their own, comma-separated; docs/methods.md.")
+    ] = "",
+    train: Annotated[
+        str, typer.Option(help="Training options for all of them, comma-separated; docs/methods.md.")
+    ] = "",
+    compress: Annotated[
+        str,
+        typer.Option(help="How sites shrink updates: none, bf16, int8, lowrank:ENERGY; several to compare."),
+    ] = "none",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="OWNER.OPTION=VALUE",
+            help="Option of a rule, a training option, or loop, correction, privacy; may be repeated.",
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Local fine-tunings per task.")] = 1,
     sites_per_task: Annotated[int, typer.Option(min=1, help="Sites that share a task's data.")] = 1,
-    partition: Annotated[str, typer.Option(help="How they share it: 'iid' or 'dirichlet:ALPHA'.")] = "iid",
+    sites_per_round: Annotated[
+        int | None, typer.Option(min=1, help="How many of them each round asks; all by default.")
+    ] = None,
+    partition: Annotated[
+        str, typer.Option(help="How they share it: 'iid', 'dirichlet:ALPHA' or 'shards:K'.")
+    ] = "iid",
     seed: Annotated[int, typer.Option(min=0, help="Of splits, partitions and local runs.")] = 0,
     rows: Annotated[int | None, typer.Option(min=1, help="At most so many training rows per task.")] = None,
     actors: Annotated[int, typer.Option(min=1, help="Ray actors per rule.")] = 1,
@@ -100,13 +126,14 @@ def simulate_command(
         "runs/latest"
     ),
 ) -> None:
-    """Run many sites on this machine and compare rules on the same fine-tuned vectors."""
+    """Run many sites on this machine and compare rules and methods."""
+    from fedmerge.deploy.choices import parse_methods
     from fedmerge.deploy.progress import RunProgress
     from fedmerge.deploy.report.console import print_summary
     from fedmerge.deploy.report.page import write_report
     from fedmerge.deploy.simulate import SimulationConfig, simulate
 
-    rules = parse_rules(rule, settings or [])
+    methods, privacy = parse_methods(rule, method, train, compress, settings or [])
     settings_of_run = {
         "stream": stream,
         "tasks": tasks,
@@ -114,6 +141,8 @@ def simulate_command(
         "sites_per_task": sites_per_task,
         "partition": partition,
         "rounds": rounds,
+        "sites_per_round": sites_per_round,
+        "privacy": privacy,
         "seed": seed,
         "rows": rows,
         "actors": actors,
@@ -122,8 +151,9 @@ def simulate_command(
         "save_merged": save_merged,
     }
     config = validated(SimulationConfig, settings_of_run)
-    console.print(f"stream {stream}, {sites} sites, rules {rule}, seed {seed}", highlight=False)
-    results = simulate(config, rules, out, RunProgress(console))
+    names = ", ".join(chosen.name for chosen in methods)
+    console.print(f"stream {stream}, {sites} sites, {names}, seed {seed}", highlight=False)
+    results = simulate(config, methods, out, RunProgress(console))
     report = write_report(results, out / "report.html")
     print_summary(results, console)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
@@ -152,6 +182,7 @@ def merge_command(
     ray_address: Annotated[str | None, typer.Option(help="An existing Ray cluster, host:port.")] = None,
 ) -> None:
     """Merge files offline: the base's names and dtypes come out, with OUT.json beside it."""
+    from fedmerge.deploy.choices import parse_rules
     from fedmerge.deploy.offline import Workers, merge_files, print_merge, read_kinds
 
     (chosen,) = parse_rules(rule, settings or [], one=True)
@@ -259,6 +290,7 @@ def bench_rules_command(
 ) -> None:
     """What one arrival costs with every rule, in multiples of OPCM's, and what each rule keeps."""
     from fedmerge.deploy.bench.rules import bench_rules, print_rules
+    from fedmerge.deploy.choices import parse_rules
 
     rules = parse_rules(rule, settings or [])
     result = bench_rules(rules, shape, lora, tasks=tasks, seed=seed, console=errors if as_json else console)
@@ -312,40 +344,6 @@ def bench_load_command(
         print_load(result, console)
     if not result.passed:
         raise EngineError("the server did not do what it should", got=f"{len(result.wrong)} differences")
-
-
-def parse_rules(names: str, settings: list[str], one: bool = False) -> list[Any]:
-    """Rules from ``--rule a,b``, where ``all`` stands for every one, and ``--set [RULE.]OPTION=VALUE``.
-
-    Raises:
-        ConfigError: an unknown rule or option, a value out of range, or a setting of no chosen rule.
-    """
-    from fedmerge.server.merge import RULES, make_rule
-
-    named = (RULES if name == "all" else (name,) for name in listed(names))
-    chosen = list(dict.fromkeys(chain.from_iterable(named)))
-    if not chosen or (one and len(chosen) > 1):
-        raise ConfigError("name one rule" if one else "name at least one rule", got=repr(names))
-    options: dict[str, dict[str, object]] = {name: {} for name in chosen}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        owner, dot, option = key.rpartition(".")
-        owner = owner if dot else chosen[0]
-        if not equals or owner not in options or (not dot and len(chosen) > 1):
-            raise ConfigError(
-                "not a setting of a chosen rule",
-                got=repr(setting),
-                wanted=" or ".join(f"{name}.OPTION=VALUE" for name in chosen),
-            )
-        options[owner][option] = _value(value)
-    return [make_rule(name, options[name]) for name in chosen]
-
-
-def _value(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def leaderboard(
 ) -> None:
     """Compare rules on the same task vectors: accuracy, order, state, upload and time."""
     from fedmerge.common.writing import make_folder
-    from fedmerge.deploy.cli import parse_rules
+    from fedmerge.deploy.choices import parse_rules
     from fedmerge.deploy.leaderboard import LeaderboardConfig, Listener, chosen
     from fedmerge.deploy.leaderboard import leaderboard as run
     from fedmerge.deploy.progress import bars

@@ -22,14 +22,14 @@ from fedmerge.common.base import Base
 from fedmerge.common.checkpoint import Checkpoint, open_checkpoint, read_json
 from fedmerge.common.errors import ConfigError, FileError, UnknownLayer
 from fedmerge.common.layers import LayerKind, LayerSpec, matches, short_dtype
+from fedmerge.common.lowrank import truncated
 from fedmerge.common.sources import SourceKind, kind_of, open_update
-from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, Manifest, TaskVector
+from fedmerge.common.taskvector import LayerUpdate, LowRank, Manifest, TaskVector
 from fedmerge.common.writing import write_checkpoint
 from fedmerge.deploy.progress import bars
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge.rule import Rule
-from fedmerge.server.merge.spectrum import spectrum_of
 from fedmerge.server.model import GlobalModel, Version
 from fedmerge.server.needs import check_needs
 
@@ -169,7 +169,7 @@ def diff_files(
             update = vector.read(name)
             total += update.sum_of_squares()
             if (rank or energy) and base.layers[name].kind is LayerKind.MATRIX:
-                update, lost[name] = truncated(update.to_dense(), rank, energy)
+                update, lost[name] = truncated(update, rank=rank, energy=energy)
             progress.advance(bar)
             return update
 
@@ -182,28 +182,6 @@ def diff_files(
     if lost:
         share = (sum(lost.values()) / total) ** 0.5 if total else 0.0
         console.print(f"truncation left out {share:.2%} of the vector's norm", highlight=False)
-
-
-def truncated(dense: torch.Tensor, rank: int | None, energy: float | None) -> tuple[LayerUpdate, float]:
-    """The strongest singular directions of a layer as factors, and the squared norm left out.
-
-    Args:
-        rank: how many directions; or ``energy``: the smallest number holding this share of the squared norm.
-
-    Returns:
-        The layer unchanged, with nothing left out, where factors would be no smaller.
-    """
-    matrix = dense.reshape(dense.shape[0], -1)
-    basis = spectrum_of(matrix)
-    squares = basis.values_K.square()
-    if energy is not None and basis.rank:
-        share = squares.cumsum(0) / squares.sum()
-        rank = int((share < energy - 1e-12).sum()) + 1
-    kept = basis.leading(max(1, min(rank or 0, basis.rank)))
-    if kept.rank * sum(matrix.shape) >= matrix.numel() or not kept.rank:
-        return Dense(dense), 0.0
-    left = (kept.left_MK * kept.values_K).float()
-    return LowRank(left, kept.right_KN.float(), tuple(dense.shape)), float(squares[kept.rank :].sum())
 
 
 def inspect_file(path: Path, console: Console) -> None:

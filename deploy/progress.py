@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,9 @@ class RunProgress:
         self._ids: dict[str, TaskID] = {}
 
     @contextmanager
-    def run(self, tasks: Sequence[str], trainings: int, scorings: int) -> Iterator[None]:
+    def run(self, trainings: int, merges: int, scorings: int) -> Iterator[None]:
         """Shows the bars while inside; the numbers are how many of each are expected."""
-        totals = dict(zip(PHASES, (trainings, len(tasks), scorings), strict=True))
+        totals = dict(zip(PHASES, (trainings, merges, scorings), strict=True))
         with bars(self.console) as self._bars:
             self._ids = {
                 phase: self._bars.add_task(phase, total=total, note="") for phase, total in totals.items()

@@ -205,16 +205,18 @@ def admit(
     limits: Limits = LIMITS,
     *,
     task: str,
+    origin: int = 0,
     rules: Iterable[Rule] = (),
 ) -> None:
-    """Lets a vector in that was asked for from the base and for a task; errors as of :func:`admit_update`.
+    """Lets a vector in that was asked for, from a version and for a task; errors as of :func:`admit_update`.
 
     Raises:
-        MismatchError: a vector for another task.
+        MismatchError: a vector for another task. VersionMismatch: or from another version.
     """
     where = vector.label
     check_manifest(vector.manifest, base, where)
-    check_origin(vector.manifest.origin_version, 0, limits, where)
+    if not vector.manifest.origin_version == origin > 0:
+        check_origin(vector.manifest.origin_version, 0, limits, where)
     if vector.manifest.task != task:
         raise MismatchError(
             "a vector for another task", where=where, got=repr(vector.manifest.task), wanted=repr(task)

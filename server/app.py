@@ -5,15 +5,19 @@ Run-config keys, all optional but ``base``; a mode ignores the keys of the other
 - ``mode``: ``tasks``, a run that ends when every task is merged, or ``serve``, one that does not end
 - ``base``: the pretrained model, a checkpoint or ``package.module:function`` that builds it;
   ``private``: comma-separated patterns of layers that never leave a site
-- ``rule``: comma-separated names, by default ``opcm``, one in mode ``serve``; ``NAME.OPTION``: a rule's
-  option, as ``opcm.alpha``
+- ``rule``: comma-separated names, one in mode ``serve``; ``NAME.OPTION``: a rule's option, as ``opcm.alpha``
+- ``method``: comma-separated names of :mod:`fedmerge.server.methods`, in place of ``rule``
+- ``train``: comma-separated training options for all sites, as ``lora``; ``NAME.OPTION``: their options, as
+  ``lora.rank``, those of the training loop as ``loop.epochs``, and of ``correction``
+- ``compress``: how sites make their updates smaller: ``bf16``, ``int8``, ``lowrank:ENERGY``
 - ``actors``, ``threads``, ``num-gpus``, ``ray-address``: see ``EngineConfig``
 - ``out``: folder for ``history.jsonl``, the final merged vectors, and what is on its way in mode ``serve``
 
 In mode ``tasks``:
 
-- ``tasks`` (comma-separated, in merging order), ``rounds``, ``sites-per-task``, ``partition``, ``seed``,
-  ``min-sites``, ``wait-seconds``, ``timeout-seconds``, ``max-examples``, ``evaluate``: ``FederationConfig``
+- ``tasks`` (comma-separated, in merging order), ``rounds``, ``sites-per-task``, ``sites-per-round``,
+  ``partition``, ``seed``, ``min-sites``, ``wait-seconds``, ``timeout-seconds``, ``max-examples``,
+  ``evaluate``: ``FederationConfig``
 
 In mode ``serve``:
 
@@ -44,6 +48,7 @@ from fedmerge.common.errors import ConfigError
 from fedmerge.common.logs import log_to_stderr
 from fedmerge.common.lookup import find_function
 from fedmerge.common.records import AggregationService
+from fedmerge.common.training import OPTIONS
 from fedmerge.common.vectorfile import save
 from fedmerge.server.engine.engine import Engine
 from fedmerge.server.engine.ray_engine import RayEngine, start_ray
@@ -53,6 +58,7 @@ from fedmerge.server.journal import Journal
 from fedmerge.server.layout import FederationConfig
 from fedmerge.server.merge import DEFAULT_RULE, RULES, make_rule
 from fedmerge.server.merge.rule import Rule
+from fedmerge.server.methods import Method, grouped, make_method
 from fedmerge.server.model import GlobalModel
 from fedmerge.server.peers import ServingSettings
 from fedmerge.server.serving import Serving
@@ -114,8 +120,14 @@ class RunConfig(BaseModel):
     base: str = ""
     private: str = ""
     rule: str = DEFAULT_RULE
+    method: str = ""
+    train: str = ""
+    compress: str = "none"
     out: Path = Path("fedmerge-out")
 
+
+OF_METHOD = frozenset({"start", "training", "weights", "correction", "joint", "compress", "evaluate_base"})
+"""Settings of a federation that follow from the method."""
 
 CONFIGS = (RunConfig, EngineConfig, FederationConfig, ServiceConfig, ServingSettings)
 
@@ -127,39 +139,49 @@ def main(grid: Grid, context: Context) -> None:
     """One run with the settings of the run config."""
     given: dict[str, Any] = {key: value for key, value in context.run_config.items() if value != ""}
     log_to_stderr()
-    options = {name: _options_of(name, given) for name in (*RULES, "limits", "retention")}
+    owners = (*RULES, *OPTIONS, "loop", "correction", "limits", "retention")
+    options = {name: _options_of(name, given) for name in owners}
     given["tasks"] = listed(given.get("tasks", ""))
     settings = {key.replace("-", "_"): value for key, value in given.items()}
     _check_known(settings)
     run: RunConfig = _picked(RunConfig, settings)
     engines: EngineConfig = _picked(EngineConfig, settings)
-    rules = [make_rule(name, options[name]) for name in listed(run.rule)]
+    methods = [
+        make_method(name, options, listed(run.train), run.compress) for name in listed(run.method or run.rule)
+    ]
     run.out.mkdir(parents=True, exist_ok=True)
     if run.mode == "serve":
         service: ServiceConfig = _picked(ServiceConfig, settings)
         bounds = {name: options[name] for name in ("limits", "retention")}
-        _serve(grid, run, rules, engines, service, bounds, _picked(ServingSettings, settings))
+        _serve(grid, run, methods, engines, service, bounds, _picked(ServingSettings, settings))
     else:
-        _run_tasks(grid, run, rules, engines, _picked(FederationConfig, settings))
+        layout = {key: value for key, value in settings.items() if key not in OF_METHOD}
+        _run_tasks(grid, run, methods, engines, _picked(FederationConfig, layout))
 
 
 def _run_tasks(
-    grid: Grid, run: RunConfig, rules: Sequence[Rule], engines: EngineConfig, config: FederationConfig
+    grid: Grid,
+    run: RunConfig,
+    methods: Sequence[Method],
+    engines: EngineConfig,
+    layout: FederationConfig,
 ) -> None:
     base, history = open_base(run.base, listed(run.private)), History(_log)
+
+    def finish(federation: Federation) -> None:
+        save_merged(federation, run.out)
+        logger.info("%d tasks merged; the vectors are in %s", len(federation.merged), run.out)
+
     try:
-        finished = run_federation(
-            grid, base, rules, config, engines, history, lambda done: save_merged(done, run.out)
-        )
+        run_methods(grid, base, methods, layout, engines, history, finish)
     finally:
         history.save(run.out / "history.jsonl")
-    logger.info("%d tasks merged; history and merged vectors are in %s", len(finished.merged), run.out)
 
 
 def _serve(
     grid: Grid,
     run: RunConfig,
-    rules: Sequence[Rule],
+    methods: Sequence[Method],
     engines: EngineConfig,
     config: ServiceConfig,
     bounds: Mapping[str, Any],
@@ -169,7 +191,7 @@ def _serve(
     journal = Journal(run.out / "history.jsonl", _log)
     poll_seconds = SIMULATION_POLL_SECONDS if isinstance(grid, InMemoryGrid) else POLL_SECONDS
     try:
-        with _service(grid, run, rules, engines, config, bounds) as (service, base, needs):
+        with _service(grid, run, methods, engines, config, bounds) as (service, base, needs):
             folder = run.out / "serving"
             Serving(grid, base, service, settings, journal, folder, poll_seconds, needs=needs).run()
     finally:
@@ -180,7 +202,7 @@ def _serve(
 def _service(
     grid: Grid,
     run: RunConfig,
-    rules: Sequence[Rule],
+    methods: Sequence[Method],
     engines: EngineConfig,
     config: ServiceConfig,
     bounds: Mapping[str, Any],
@@ -191,11 +213,11 @@ def _service(
             status = remote.status()
             yield remote, status.base, make_rule(status.rule, status.options).needs
         return
-    if len(rules) != 1:
+    if len(methods) != 1:
         raise ConfigError("a server merges under one rule", got=run.rule, wanted="one name under 'rule'")
-    base = open_base(run.base, listed(run.private))
-    with _embedded(config.state or run.out / "state", grid, base, rules[0], engines, bounds) as embedded:
-        yield embedded, base.fingerprint, rules[0].needs
+    base, rule = open_base(run.base, listed(run.private)), methods[0].rule
+    with _embedded(config.state or run.out / "state", grid, base, rule, engines, bounds) as embedded:
+        yield embedded, base.fingerprint, rule.needs
 
 
 @contextmanager
@@ -226,35 +248,53 @@ def _embedded(
         yield aggregator
 
 
-def run_federation(
+def run_methods(
     grid: Grid,
     base: Base,
-    rules: Sequence[Rule],
-    config: FederationConfig,
+    methods: Sequence[Method],
+    layout: FederationConfig,
     engines: EngineConfig,
     history: History,
     on_finished: Callable[[Federation], None] = lambda _: None,
-) -> Federation:
-    """Merges the tasks of a grid's sites under every rule, each rule on its own Ray actors.
+) -> None:
+    """Merges the tasks of a grid's sites by every method, each with its rule on its own Ray actors.
+
+    Methods that share their task vectors run together, all others one after another. The base is scored once.
 
     Args:
-        on_finished: called before the actors end, while merged models can still be read.
+        on_finished: called with each federation before its actors end, while merged models can still be read.
 
     Raises:
-        ConfigError: no usable site. EngineError: Ray cannot be reached, or actors keep dying.
+        ConfigError: no usable site, or a method that the layout does not allow. EngineError: Ray cannot be
+            reached, or actors keep dying.
     """
     _start_ray(grid, engines)
+    for group in grouped(methods):
+        history.record("learning", methods=[method.name for method in group])
+        _run_group(grid, base, group, layout, engines, history, on_finished)
+        layout = layout.model_copy(update={"evaluate_base": False})
+
+
+def _run_group(
+    grid: Grid,
+    base: Base,
+    group: Sequence[Method],
+    layout: FederationConfig,
+    engines: EngineConfig,
+    history: History,
+    on_finished: Callable[[Federation], None],
+) -> None:
     poll_seconds = SIMULATION_POLL_SECONDS if isinstance(grid, InMemoryGrid) else POLL_SECONDS
     with ExitStack() as stack:
         models = {
-            rule.name: GlobalModel(base, stack.enter_context(_engine(rule, base, engines))) for rule in rules
+            method.name: GlobalModel(base, stack.enter_context(_engine(method.rule, base, engines)))
+            for method in group
         }
         for model in models.values():
             model.engine.prepare(wait=True)  # many actors starting at once would starve the sites' workers
-        federation = Federation(grid, base, models, config, history, poll_seconds)
+        federation = Federation(grid, base, models, group[0].laid_out(layout), history, poll_seconds)
         federation.run()
         on_finished(federation)
-    return federation
 
 
 def _start_ray(grid: Grid, engines: EngineConfig) -> None:
@@ -299,7 +339,7 @@ def _options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_known(settings: Mapping[str, Any]) -> None:
-    known = {name for config in CONFIGS for name in config.model_fields}
+    known = {name for config in CONFIGS for name in config.model_fields} - (OF_METHOD - {"compress"})
     unknown = sorted(set(settings) - known)
     if unknown:
         raise ConfigError(

@@ -1,8 +1,9 @@
 """Vectors of the same task from several sites, combined into one before merging.
 
-Statistics are means over a site's samples, so those of all sites together are the weighted means of theirs.
-Of an input Gram G = R^T R that is done on the factors: stacked as ``sqrt(share) R`` they are a factor of the
-mean, and only the triangle of its QR decomposition is kept where they have more rows than columns.
+Sketches are sums over a site's samples, so that of all sites together is the sum of theirs. The other
+statistics are means, so those of all sites together are the weighted means of theirs. Of an input Gram
+G = R^T R that is done on the factors: stacked as ``sqrt(share) R`` they are a factor of the mean, and only
+the triangle of its QR decomposition is kept where they have more rows than columns.
 
 Legend of shape suffixes: R rank, N in columns.
 """
@@ -16,13 +17,17 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from fedmerge.common.errors import StatisticsMissing
-from fedmerge.common.statistics import Shape, Statistics, is_factor, statistics_of
+from fedmerge.common.errors import ShapeMismatch, StatisticsMissing
+from fedmerge.common.statistics import Shape, Statistic, Statistics, is_factor, statistics_of
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, TaskVector
 
 
 def combine(
-    vectors: Sequence[TaskVector], weights: Sequence[float], needs: Collection[str] = ()
+    vectors: Sequence[TaskVector],
+    weights: Sequence[float],
+    needs: Collection[str] = (),
+    *,
+    examples: Sequence[float] | None = None,
 ) -> TaskVector:
     """``sum_i (w_i / sum w) tau_i``, layer by layer when a layer is read.
 
@@ -33,15 +38,16 @@ def combine(
         vectors: at least one, of the same base.
         weights: positive, one per vector.
         needs: the statistics to combine, which every vector must bring; others are left behind. A site where
-            a layer is unchanged tells nothing of that layer, whose statistics are the mean over the others.
+            a layer is unchanged tells nothing of that layer, whose statistics are those of the others.
+        examples: what statistics are weighted with, positive, one per vector; None takes ``weights``.
 
     Raises:
         StatisticsMissing: naming the site's vector, the statistic and, if others bring it, the layer.
+        ShapeMismatch: sketches of different widths.
     """
     if len(vectors) == 1 and set(vectors[0].manifest.statistics) == set(needs):
         return vectors[0]
-    total = sum(weights)
-    shares = [weight / total for weight in weights]
+    shares = _shares(weights)
     brought = [frozenset(vector.names) for vector in vectors]
     names = tuple(dict.fromkeys(name for vector in vectors for name in vector.names))
     unchanged = tuple(name for name in vectors[0].unchanged if name not in names)
@@ -60,7 +66,7 @@ def combine(
         site="+".join(v.manifest.site for v in vectors),
         statistics=tuple(sorted(needs)),
     )
-    statistics = _mean_statistics(vectors, shares, names, needs)
+    statistics = _whole_statistics(vectors, _shares(examples or weights), names, needs)
     label = "+".join(v.label for v in vectors)
     return TaskVector(names, read, unchanged, manifest, label, statistics=statistics)
 
@@ -78,6 +84,11 @@ def add_vectors(first: TaskVector, second: TaskVector) -> TaskVector:
     )
 
 
+def _shares(weights: Sequence[float]) -> list[float]:
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
 def _sum(parts: Sequence[tuple[LayerUpdate, float]]) -> LayerUpdate:
     factors = [(update, share) for update, share in parts if isinstance(update, LowRank)]
     if len(factors) == len(parts):
@@ -88,7 +99,7 @@ def _sum(parts: Sequence[tuple[LayerUpdate, float]]) -> LayerUpdate:
     return Dense(total.float())
 
 
-def _mean_statistics(
+def _whole_statistics(
     vectors: Sequence[TaskVector], shares: Sequence[float], layers: Sequence[str], needs: Collection[str]
 ) -> Statistics:
     _require_listed(vectors, needs)
@@ -96,7 +107,7 @@ def _mean_statistics(
     stored = [frozenset(vector.names) for vector in vectors]
     at = {layer: [i for i, names in enumerate(stored) if layer in names] for layer in layers}
     shapes = {
-        layer: _mean_shapes(layer, [(vectors[i].label, told[i]) for i in at[layer]], needs)
+        layer: _whole_shapes(layer, [(vectors[i].label, told[i]) for i in at[layer]], needs)
         for layer in layers
     }
 
@@ -104,7 +115,7 @@ def _mean_statistics(
         parts = [(told[i](layer), shares[i]) for i in at[layer]]
         total = sum(share for _, share in parts)
         return {
-            name: _mean(name, [(found[name], share / total) for found, share in parts])
+            name: _whole(name, [(found[name], share / total) for found, share in parts])
             for name in shapes[layer]
         }
 
@@ -122,10 +133,10 @@ def _require_listed(vectors: Sequence[TaskVector], needs: Collection[str]) -> No
             )
 
 
-def _mean_shapes(
+def _whole_shapes(
     layer: str, told: Sequence[tuple[str, Statistics]], needs: Collection[str]
 ) -> dict[str, Shape]:
-    """Shapes of the means of one layer; a statistic that no site has of it is left out."""
+    """Shapes of all sites' statistics of one layer; a statistic that no site has of it is left out."""
     found: dict[str, Shape] = {}
     for name in sorted(needs):
         shapes = [statistics.shapes.get(layer, {}).get(name) for _, statistics in told]
@@ -138,6 +149,8 @@ def _mean_shapes(
         if brought:
             shape = brought[0]
             found[name] = _stacked_shape(brought) if is_factor(name, shape) else shape
+            if name == Statistic.SKETCH and set(brought) != {shape}:
+                raise ShapeMismatch("sketches of different widths", layer=layer, got=brought)
     return found
 
 
@@ -146,8 +159,10 @@ def _stacked_shape(shapes: Sequence[Shape]) -> Shape:
     return min(sum(rows for rows, _ in shapes), columns), columns
 
 
-def _mean(name: str, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """The weighted mean of one statistic, computed in float64; the shares add up to 1."""
+def _whole(name: str, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """One statistic of all sites, computed in float64; the shares add up to 1."""
+    if name == Statistic.SKETCH:
+        return torch.stack([values.double() for values, _ in parts]).sum(dim=0).float()
     if not is_factor(name, parts[0][0].shape):
         return torch.stack([values.double() * share for values, share in parts]).sum(dim=0).float()
     stacked_RN = torch.cat([factor_RN.double() * sqrt(share) for factor_RN, share in parts])

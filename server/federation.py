@@ -29,9 +29,10 @@ from fedmerge.common.score import Score
 from fedmerge.common.statistics import statistics_of
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
-from fedmerge.common.wire import CorrectJob, Hello, TrainJob
+from fedmerge.common.wire import Hello, TrainJob
 from fedmerge.server.admission import LIMITS, BaseNorms, Limits, admit, weight
 from fedmerge.server.combine import add_vectors, combine
+from fedmerge.server.correcting import Corrected, Correcting
 from fedmerge.server.history import History
 from fedmerge.server.layout import FederationConfig, Site, TaskRun, assign
 from fedmerge.server.mailbox import Mailbox, Reply, Request
@@ -40,6 +41,7 @@ from fedmerge.server.model import GlobalModel
 from fedmerge.server.needs import check_needs
 from fedmerge.server.peers import reported
 from fedmerge.server.scoring import Scored, Scoring
+from fedmerge.server.standing import Checkpoints, MergedTask, Standing, layout_hash
 
 MOST_IDLE = 3
 """Rounds in a row that may bring nothing before a task that goes on from the merged model is given up."""
@@ -56,11 +58,6 @@ class _Train:
     round: int
 
 
-@dataclass(frozen=True)
-class _Correct:
-    pass
-
-
 class Federation:
     """Runs tasks over the sites of a grid and merges what they learn, under one or more rules.
 
@@ -74,6 +71,7 @@ class Federation:
         config: the layout of the run.
         history: receives every event.
         limits: how large a vector may be against the base.
+        checkpoints: where it is written down how far the run has come; it goes on from there.
 
     Attributes:
         runs: the tasks in merging order. ``merged``: those whose vectors are in the models.
@@ -93,12 +91,13 @@ class Federation:
         poll_seconds: float = 0.1,
         clock: Callable[[], float] = time.monotonic,
         limits: Limits = LIMITS,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         check_layout(config, [model.engine.rule for model in models.values()])
         self.base, self.models, self.config, self.history = base, models, config, history
         self._norms, self._limits = BaseNorms.of(base), limits
         self._mailbox = Mailbox(grid, self._note_sent, clock)
-        self._poll_seconds, self._clock = poll_seconds, clock
+        self._poll_seconds, self._clock, self._checkpoints = poll_seconds, clock, checkpoints
         self.sites: dict[int, Site] = {}
         self._greeted: set[int] = set()
         self.runs: list[TaskRun] = []
@@ -110,7 +109,10 @@ class Federation:
         self._needs = tuple(sorted({need for rule in rules for need in rule.needs}))
         self._sketch = next((spec for rule in rules if (spec := rule.asks()) is not None), None)
         self._by_round = config.start == "merged" and any(rule.cadence is Cadence.ROUND for rule in rules)
-        self._correcting: TaskRun | None = None
+        self._correcting = Correcting(
+            self._mailbox, base, self._norms, self._limits, config, history, self._fail
+        )
+        self._saved, self._first_event = 0, len(history.events)
 
     def run(self) -> None:
         """Runs until every task has been merged or has failed and every score has come in.
@@ -120,9 +122,12 @@ class Federation:
         """
         self._wait_for_sites()
         self._assign()
-        if self.config.evaluate and self.config.evaluate_base:
+        standing = self._checkpoints.read(self._layout) if self._checkpoints is not None else None
+        if standing is not None:
+            self._go_on_from(standing)
+        elif self.config.evaluate and self.config.evaluate_base:
             self._scoring.publish(0, {}, self.sites.values())
-        self._start_tasks(0)
+        self._start_tasks(self._next)
         while not self._mailbox.idle:
             self._step()
         self.history.record("finished", versions=len(self.merged))
@@ -144,8 +149,8 @@ class Federation:
                     self._welcome(reply)
                 case _Train() as key:
                     self._receive(reply, key)
-                case _Correct():
-                    self._receive_correction(reply)
+                case Corrected() as key:
+                    self._correcting.take(reply, key)
                 case Scored() as key:
                     self._scoring.take(reply, key.version, self._label(reply.request.node))
         self._greet_newcomers()
@@ -229,7 +234,7 @@ class Federation:
         if self.config.start == "base":
             for index in range(first, len(self.runs)):
                 self._start_round(index)
-        elif self._next == first and self._correcting is None:
+        elif self._next == first and not self._correcting.busy:
             self._start_next()
 
     def _start_next(self) -> None:
@@ -248,7 +253,7 @@ class Federation:
                 run.task,
                 self.base.fingerprint,
                 run.round,
-                len(self.merged) if config.start == "merged" else 0,
+                self._origin_version,
                 config.seed,
                 run.part_of(site.node),
                 len(run.sites),
@@ -259,8 +264,14 @@ class Federation:
                 training=config.training.model_dump_json(exclude_none=True),
                 compress=config.compress,
                 score=last,
+                learning="+".join(self.models),
             )
             self._send(site.node, wire.TRAIN, _Train(index, run.round), partial(_content, job, records))
+
+    @property
+    def _origin_version(self) -> int:
+        """The version that sites start from."""
+        return len(self.merged) if self.config.start == "merged" else 0
 
     def _starting_point(self, run: TaskRun) -> dict[str, ArrayRecord]:
         """The vector from the base to where sites start this round; none where that is the base."""
@@ -304,7 +315,8 @@ class Federation:
     def _admit(self, run: TaskRun, node: int, label: str, content: RecordDict, seconds: float) -> None:
         where = f"update of {label}"
         vector = wire.unpack_vector(content, wire.VECTOR, where=where)
-        admit(vector, self.base, self._norms, self._limits, task=run.task, rules=self._asking(run))
+        origin, rules = self._origin_version, self._asking(run)
+        admit(vector, self.base, self._norms, self._limits, task=run.task, origin=origin, rules=rules)
         metrics: Mapping[str, object] = content.metric_records.get(wire.METRICS, {})
         examples = weight(metrics.get("num-examples"), where=where, cap=self.config.max_examples)
         # What is recorded and merged is what was admitted, not what the site claims in its file.
@@ -345,6 +357,8 @@ class Federation:
             run.moved = None
         if self._goes_on(run):
             run.round += 1
+            if self._by_round and self._checkpoints is not None and self._checkpoints.due(run.round - 1):
+                self._save(run)
             self._start_round(index)
             return
         run.closed, run.arrived = True, {}
@@ -402,7 +416,8 @@ class Federation:
             before = self._merge(run, run.moved)
             run.moved = None
             if before is not None:
-                self._correct(run, before)
+                (model,) = self.models.values()
+                self._correcting.start(run, model, len(self.merged), before, partial(self._corrected, run))
                 return
             self._publish(run)
         if self.config.start == "merged":
@@ -416,11 +431,15 @@ class Federation:
         self.merged.append(run)
         for name, model in self.models.items():
             if self._by_round:
-                version = replace(model.versions[-1], update_norm=vector.norm(), absorb_seconds=run.seconds)
+                version = model.current(vector, run.learned_by, run.seconds)
             else:
                 version = model.merge(vector, run.learned_by, step=self.config.start == "merged")
             run.versions[name] = version
         return before
+
+    def _corrected(self, run: TaskRun) -> None:
+        self._publish(run)
+        self._start_next()
 
     def _publish(self, run: TaskRun) -> None:
         number = len(self.merged)
@@ -449,74 +468,78 @@ class Federation:
         self.history.record("published", task=run.task, version=number)
         if self.config.evaluate:
             self._scoring.publish(number, published, self.sites.values())
+        if self._checkpoints is not None:
+            self._save()
 
-    # --- corrections ---
+    # --- standing ---
 
-    def _correct(self, run: TaskRun, before: bytes) -> None:
-        """Has the sites that taught a task fit the new model to the one before it."""
-        assert self.config.correction is not None
-        config = self.config
-        self._correcting = run
-        (model,) = self.models.values()
-        records = {
-            wire.MERGED: wire.pack_vector(to_bytes(model.merged())),
-            wire.PREVIOUS: wire.pack_vector(before),
-        }
-        run.asked = [site for site in run.sites if site.node in run.taught]
-        run.waiting, run.arrived = {site.node for site in run.asked}, {}
-        for site in run.asked:
-            job = CorrectJob(
-                run.task,
-                self.base.fingerprint,
-                config.seed,
-                run.part_of(site.node),
-                len(run.sites),
-                config.partition,
-                self.config.correction.model_dump_json(),
-                config.training.model_dump_json(exclude_none=True),
-            )
-            self._send(site.node, wire.CORRECT, _Correct(), partial(_content, job, records))
+    @property
+    def _layout(self) -> str:
+        return layout_hash(self.config, self.models, self.base.fingerprint)
 
-    def _receive_correction(self, reply: Reply) -> None:
-        run, node = self._correcting, reply.request.node
-        assert run is not None
-        run.waiting.discard(node)
-        label = self._label(node)
-        if reply.content is None:
-            self._fail(label, run.task, "correct", reply.reason)
-        else:
-            try:
-                self._admit_correction(run, node, label, reply.content)
-            except FedmergeError as error:
-                self._fail(label, run.task, "refused", str(error))
-        if not run.waiting:
-            self._adjust(run)
-
-    def _admit_correction(self, run: TaskRun, node: int, label: str, content: RecordDict) -> None:
-        where = f"correction of {label}"
-        vector = wire.unpack_vector(content, wire.VECTOR, where=where)
-        admit(vector, self.base, self._norms, self._limits, task=run.task)
-        metrics: Mapping[str, object] = content.metric_records.get(wire.METRICS, {})
-        examples = weight(metrics.get("num-examples"), where=where, cap=self.config.max_examples)
-        run.arrived[node] = vector, examples
-        self.history.record(
-            "corrected",
-            site=label,
-            task=run.task,
-            bytes_up=wire.bytes_in(content),
-            loss_before=reported(metrics.get("loss-before")),
-            loss_after=reported(metrics.get("loss-after")),
+    def _save(self, run: TaskRun | None = None) -> None:
+        """Writes down how far the run has come; ``run`` is the task under way, if its rounds count."""
+        assert self._checkpoints is not None
+        unscored = self._scoring.unscored
+        standing = Standing(
+            number=self._saved + 1,
+            layout=self._layout,
+            merged=[MergedTask(task=done.task, learned_by=done.learned_by) for done in self.merged],
+            passed=self._next,
+            round=run.round if run is not None else 1,
+            taught=run.learned_by if run is not None else [],
+            seconds=run.seconds if run is not None else 0.0,
+            scores=[
+                (rule, version, task, score.accuracy, score.examples)
+                for (rule, version, task), found in self.scores.items()
+                if version not in unscored
+                for score in found
+            ],
+            fine_tuned=[
+                (task, score.accuracy, score.examples)
+                for task, found in self.fine_tuned.items()
+                for score in found
+            ],
+            unscored=sorted(unscored),
+            events=self.history.events[self._first_event :],
         )
+        published = {
+            (version, rule): bytes(record["bytes"].data)
+            for version, records in unscored.items()
+            for rule, record in records.items()
+        }
+        moved = run.moved if run is not None else None
+        self._checkpoints.write(standing, self.base.fingerprint, self.models, moved, published)
+        self._saved = standing.number
 
-    def _adjust(self, run: TaskRun) -> None:
-        """Moves the model by what the sites have found, and goes on."""
-        ordered = [run.arrived[site.node] for site in run.asked if site.node in run.arrived]
-        run.arrived, self._correcting = {}, None
-        if ordered:
-            (model,) = self.models.values()
-            model.adjust(combine([vector for vector, _ in ordered], [count for _, count in ordered]))
-        self._publish(run)
-        self._start_next()
+    def _go_on_from(self, standing: Standing) -> None:
+        """Takes over what an earlier process had done."""
+        assert self._checkpoints is not None
+        by_task = {run.task: run for run in self.runs}
+        for done in standing.merged:
+            by_task[done.task].learned_by = done.learned_by
+            self.merged.append(by_task[done.task])
+        for run in self.runs[: standing.passed]:
+            run.closed = True
+        self._next, self._saved = standing.passed, standing.number
+        moved = self._checkpoints.restore(standing, self.base.fingerprint, self.models)
+        if moved is not None:
+            run = self.runs[self._next]
+            run.round, run.moved, run.seconds = standing.round, moved, standing.seconds
+            run.taught = {site.node for site in run.sites if site.label in standing.taught}
+            run.learned_by = standing.taught
+        for rule, version, task, accuracy, examples in standing.scores:
+            self.scores.setdefault((rule, version, task), []).append(Score(accuracy, examples))
+        for task, accuracy, examples in standing.fine_tuned:
+            self.fine_tuned.setdefault(task, []).append(Score(accuracy, examples))
+        self.history.events[self._first_event :] = standing.events
+        self.history.record("resumed", tasks=len(self.merged), round=standing.round)
+        for version in standing.unscored:
+            records = {
+                name: wire.pack_vector(self._checkpoints.published(standing, version, name))
+                for name in (self.models if version else ())
+            }
+            self._scoring.publish(version, records, self.sites.values())
 
     # --- messages ---
 
@@ -553,5 +576,5 @@ def check_layout(config: FederationConfig, rules: Sequence[Rule]) -> None:
         )
 
 
-def _content(job: TrainJob | CorrectJob, records: Mapping[str, ArrayRecord]) -> RecordDict:
+def _content(job: TrainJob, records: Mapping[str, ArrayRecord]) -> RecordDict:
     return RecordDict({wire.JOB: wire.pack_job(job), **records})

@@ -73,20 +73,33 @@ class GlobalModel:
             self.engine.abandon()
             raise
         self.engine.commit()
-        rule = self.engine.rule
-        version = Version(
+        self.versions.append(self._described(vector, sites, totals.update_norm, merged_norm, seconds))
+        return self.versions[-1]
+
+    def current(self, vector: TaskVector, sites: Sequence[str], absorb_seconds: float) -> Version:
+        """The model as it is, as if all that a task has moved, ``vector``, had been merged at once."""
+        return self._described(vector, sites, vector.norm(), self.merged().norm(), absorb_seconds)
+
+    def _described(
+        self,
+        vector: TaskVector,
+        sites: Sequence[str],
+        update_norm: float,
+        merged_norm: float,
+        absorb_seconds: float,
+    ) -> Version:
+        rule, totals = self.engine.rule, self.engine.totals
+        return Version(
             number=totals.merges,
             task=vector.manifest.task,
             sites=tuple(sites),
             examples=vector.manifest.examples,
             scale=rule.scale(totals),
             lambda_t=rule.lambda_t(totals),
-            update_norm=totals.update_norm,
+            update_norm=update_norm,
             merged_norm=merged_norm,
-            absorb_seconds=seconds,
+            absorb_seconds=absorb_seconds,
         )
-        self.versions.append(version)
-        return version
 
     def adjust(self, vector: TaskVector) -> None:
         """Moves the current model by a vector, which counts as no merge; on error it is as before."""

@@ -50,9 +50,9 @@ class Scoring:
         self.scores: dict[tuple[str, int, str], list[Score]] = {}
 
     @property
-    def settled(self) -> bool:
-        """Whether every version that was sent out has been scored."""
-        return not self._unscored
+    def unscored(self) -> Mapping[int, Mapping[str, ArrayRecord]]:
+        """What was sent out of the versions that some site has not scored yet, by number and rule."""
+        return self._published
 
     def score(self, rule: str, version: int, task: str) -> Score | None:
         """The accuracy of a version on a task over all sites that scored it, weighted by examples."""

@@ -35,6 +35,7 @@ from fedmerge.server.history import History
 from fedmerge.server.layout import FederationConfig
 from fedmerge.server.merge import make_rule
 from fedmerge.server.model import GlobalModel
+from fedmerge.server.standing import Checkpoints
 
 SERVER = 1
 """Flower's node id of the server."""
@@ -219,7 +220,8 @@ def site(
     label: str, *tasks: str, stream: str = "example", rows: int = ROWS, state: Path | None = None
 ) -> ClientApp:
     """A real ClientApp over the example stream that says it holds ``tasks``; all if none are named."""
-    return make_client_app(SiteConfig(stream, label, tasks, rows=rows, device="cpu", state=state))
+    config = SiteConfig(stream, label, tasks, rows=rows, device="cpu", state=state, sketch_seed=0)
+    return make_client_app(config)
 
 
 def federate(
@@ -228,6 +230,7 @@ def federate(
     clock: FakeClock | None = None,
     base: Base | None = None,
     limits: Limits = LIMITS,
+    checkpoints: Checkpoints | None = None,
     **layout: object,
 ) -> Federation:
     """A whole run over a grid's sites, each rule merged in this process."""
@@ -246,6 +249,7 @@ def federate(
         History(),
         poll_seconds=0.0,
         limits=limits,
+        checkpoints=checkpoints,
         **time,
     )
     try:

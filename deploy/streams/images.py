@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -99,15 +99,20 @@ def read_table(folder: Path, member: str, side: int, brightest: int) -> Images:
 
 
 def read_clothes(folder: Path, skipped: int = 0) -> Images:
-    """Fashion-MNIST: a file per class, each an object with a list of images as lists of pixels.
-
-    Of each class :data:`CLOTHES_PER_CLASS` images are used, after the ``skipped`` first. Entries that are
-    empty, of which there are two, do not count.
-    """
-    files = [folder / "package" / "src" / "clothes" / f"{label}.json" for label in range(10)]
+    """Fashion-MNIST: of each class :data:`CLOTHES_PER_CLASS` images, after the ``skipped`` first."""
     used = slice(skipped, skipped + CLOTHES_PER_CLASS)
-    rows = [[row for row in json.loads(path.read_bytes())["data"] if row][used] for path in files]
-    return _by_class(rows, 255)
+    return by_class([rows[used] for rows in garments(folder)])
+
+
+def garments(folder: Path) -> Iterator[Tensor]:
+    """All of Fashion-MNIST by class, as bytes: a file each, an object with a list of lists of pixels.
+
+    Entries that are empty, of which there are two, do not count.
+    """
+    for label in range(10):
+        stored = json.loads((folder / "package" / "src" / "clothes" / f"{label}.json").read_bytes())
+        rows = np.array([row for row in stored["data"] if row], dtype=np.uint8)
+        yield torch.from_numpy(rows).view(len(rows), 1, 28, 28)
 
 
 def read_turned(folder: Path) -> Images:
@@ -125,25 +130,30 @@ def read_drawings(folder: Path, things: Sequence[str]) -> Images:
     """Quick, Draw!: a file per thing, each line the pixels of an image from 0 to 1."""
     drawings = folder / "package" / "src" / "drawings"
     lines = [gzip.decompress((drawings / f"{thing}.ndjson.gz").read_bytes()).splitlines() for thing in things]
-    return _by_class([[json.loads(line) for line in some] for some in lines], 1)
+    rows = [np.array([json.loads(line) for line in some], dtype=np.float32) for some in lines]
+    return by_class([_grey(some, 28, 1) for some in rows])
 
 
-def read_photos(folder: Path) -> Images:
-    """CIFAR-10's test images: one PNG with an image per line, pixel by pixel, and a list of classes."""
-    from PIL import Image
-
-    with Image.open(folder / "package" / "test_batch.png") as opened:
-        rows = np.array(opened)
+def read_photos(folder: Path, part: str = "test", files: Sequence[str] = ("test_batch",)) -> Images:
+    """CIFAR-10's images of a part: PNGs with an image per line, pixel by pixel, and a list of classes."""
+    stored = folder / "package"
+    rows = np.concatenate([_png(stored / f"{file}.png") for file in files])
     pixels = torch.from_numpy(rows).view(len(rows), 32, 32, 3).permute(0, 3, 1, 2)
-    labels = json.loads((folder / "package" / "test_lables.json").read_bytes())
+    labels = json.loads((stored / f"{part}_lables.json").read_bytes())
     return Images(pixels.contiguous(), torch.tensor(labels))
 
 
-def _by_class(rows: Sequence[Sequence[Sequence[float]]], brightest: int) -> Images:
-    """Images of 28 x 28, given per class."""
-    labels = [label for label, some in enumerate(rows) for _ in some]
-    flat = np.array([row for some in rows for row in some], dtype=np.float32)
-    return Images(_grey(flat, 28, brightest), torch.tensor(labels))
+def by_class(pixels: Sequence[Tensor]) -> Images:
+    """Images given per class, all of one size."""
+    labels = [torch.full((len(some),), label) for label, some in enumerate(pixels)]
+    return Images(torch.cat(tuple(pixels)), torch.cat(labels))
+
+
+def _png(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        return np.array(opened)
 
 
 def _grey(rows: np.ndarray, side: int, brightest: int) -> Tensor:

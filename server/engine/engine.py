@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedmerge.common.errors import EngineError, FactorisationFailed, StatisticsMissing, UnknownLayer
 from fedmerge.common.layers import LayerSpec
-from fedmerge.common.statistics import Statistic
+from fedmerge.common.statistics import OF_INPUTS
 from fedmerge.common.taskvector import Dense, TaskVector, no_statistics
 from fedmerge.server.merge.rule import Context, LayerSums, Rule, State, Totals, tensors_of
 from fedmerge.server.merge.spectrum import LinAlgError
@@ -275,7 +275,7 @@ class Engine(ABC):
 def with_needed(update: TaskVector, needs: frozenset[str]) -> TaskVector:
     """The update with those statistics alone that a rule needs.
 
-    Reading them raises StatisticsMissing where one is lacking that every layer has: all but input Grams.
+    Reading them raises StatisticsMissing where one is lacking that every layer has: all but those of inputs.
     """
     if not needs:
         return replace(update, statistics=no_statistics)
@@ -283,7 +283,7 @@ def with_needed(update: TaskVector, needs: frozenset[str]) -> TaskVector:
 
     def statistics(name: str) -> Mapping[str, Tensor]:
         found = {key: tensor for key, tensor in measured(name).items() if key in needs}
-        for lacking in sorted(needs - found.keys() - {Statistic.INPUT_GRAM}):
+        for lacking in sorted(needs - found.keys() - OF_INPUTS):
             raise StatisticsMissing(f"the merge rule needs {lacking}", where=update.label, layer=name)
         return found
 

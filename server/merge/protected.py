@@ -7,6 +7,7 @@ J directions that are added.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import sqrt
 from typing import Self
 
 import torch
@@ -75,23 +76,19 @@ class Protected:
         Args:
             squared: r is a ratio of squared norms; ``sample.ratio`` too.
         """
-        self = replace(self, tasks=self.tasks + 1)
+        counted = replace(self, tasks=self.tasks + 1)
         basis_NK, seen_NR = self.basis_NK.double(), sample.mixed_NR.double()
         rest_NR = _outside(seen_NR, basis_NK)
-        found = spectrum_of(rest_NR)
-        count = int((found.values_K > rounding_floor(seen_NR)).sum())
-        norm, left_over = (float(torch.linalg.vector_norm(values)) for values in (seen_NR, rest_NR))
-        if not count or sample.ratio <= 0:
-            return self
-        inner = left_over / norm
-        ratio = sample.ratio * (inner**2 if squared else inner)
-        energy_K = found.values_K.square()
-        wanted = (ratio - (1 - eps)) / ratio
-        added = min(int((energy_K.cumsum(0) / left_over**2 <= wanted).sum()) + 1, count)
-        new_NJ = torch.linalg.qr(_outside(found.left_MK[:, :added], basis_NK)).Q
-        scale = (sample.ratio if squared else sample.ratio**2) / norm**2
-        old_K = (basis_NK.T @ seen_NR).square().sum(dim=1) * scale
-        return self._with(new_NJ, old_K, energy_K[:added] * scale)
+        rest, seen = float(rest_NR.square().sum()), float(seen_NR.square().sum())
+        found = spectrum_of(rest_NR).above(rounding_floor(seen_NR))
+        if not found.rank or sample.ratio <= 0:
+            return counted
+        ratio = sample.ratio * (rest / seen if squared else sqrt(rest / seen))
+        added = found.leading(_needed(found.values_K.square() / rest, ratio, eps))
+        new_NJ = torch.linalg.qr(_outside(added.left_MK, basis_NK)).Q
+        scale = (sample.ratio if squared else sample.ratio**2) / seen
+        old_K = (basis_NK.T @ seen_NR).square().sum(dim=1)
+        return counted._with(new_NJ, old_K * scale, added.values_K.square() * scale)
 
     def _with(self, new_NJ: Tensor, old_K: Tensor, new_J: Tensor) -> Self:
         """With more directions, and the energy that old and new ones have gained."""
@@ -105,6 +102,12 @@ class Protected:
             basis_NB=_padded(basis_NC[:, kept], room),
             energy_B=_padded(energy[kept], room),
         )
+
+
+def _needed(shares_K: Tensor, ratio: float, eps: float) -> int:
+    """How many leading directions, of these shares of the residual's energy, to protect; 1 to all."""
+    wanted = (ratio - (1 - eps)) / ratio
+    return min(int((shares_K.cumsum(0) <= wanted).sum()) + 1, len(shares_K))
 
 
 def _outside(values_NR: Tensor, basis_NK: Tensor) -> Tensor:

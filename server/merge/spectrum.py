@@ -49,6 +49,10 @@ class Spectrum:
         """The ``count`` strongest directions."""
         return Spectrum(self.left_MK[:, :count], self.values_K[:count], self.right_KN[:count])
 
+    def above(self, floor: float) -> Spectrum:
+        """The directions whose singular value is above a floor."""
+        return self.leading(int((self.values_K > floor).sum()))
+
     def rounded(self) -> Spectrum:
         """The same directions in float32: harmless once they are known, and what arrivals multiply with."""
         return Spectrum(self.left_MK.float(), self.values_K, self.right_KN.float())

@@ -256,6 +256,20 @@ def test_changed_and_cut_files_raise_only_typed_errors(tmp_path_factory, changes
     open_and_read_file(path)
 
 
+INT8 = vectorfile.to_bytes(vectorfile.from_bytes(VALID), torch.int8)
+INT8_END = 8 + int.from_bytes(INT8[:8], "little")
+
+
+@given(st.lists(st.tuples(st.integers(0, len(INT8) - 1), BYTE), min_size=1, max_size=8))
+@settings(max_examples=1000, **FUZZ)
+@example([(place, 255) for place in range(INT8_END, len(INT8))])
+def test_changed_bytes_of_integers_and_scales_raise_only_typed_errors(changes):
+    data = bytearray(INT8)
+    for place, value in changes:
+        data[place] = value
+    open_and_read(bytes(data))
+
+
 @pytest.mark.parametrize("length", range(0, len(VALID), 7))
 def test_every_shorter_file_is_refused(length):
     with pytest.raises(UnsafeFile):

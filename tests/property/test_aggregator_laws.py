@@ -78,14 +78,17 @@ def vector(seed: int) -> TaskVector:
 
 
 def measured_of(layer: LayerSpec, chance: random.Random) -> dict[str, torch.Tensor]:
-    """Curvatures, and a Gram's factor of low rank for matrices."""
+    """Curvatures, and for matrices a Gram's factor of low rank and a sketch of rank 1."""
     generator = torch.Generator().manual_seed(chance.randrange(2**31))
     found = {
         str(name): torch.rand(layer.shape, generator=generator) + 0.1
         for name in (Statistic.FISHER, Statistic.SECOND_MOMENT)
     }
     if layer.kind is LayerKind.MATRIX:
-        found[Statistic.INPUT_GRAM] = torch.randn(3, layer.matrix_shape[1], generator=generator)
+        columns = layer.matrix_shape[1]
+        found[Statistic.INPUT_GRAM] = torch.randn(3, columns, generator=generator)
+        found[Statistic.SKETCH] = torch.randn(columns, 1, generator=generator) * torch.ones(columns)
+        found[Statistic.RESIDUAL] = torch.rand(1, generator=generator)
     return found
 
 

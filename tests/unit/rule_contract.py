@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmerge.common.layers import LayerKind, LayerSpec
+from fedmerge.common.statistics import OF_INPUTS
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank
 from fedmerge.server.merge.rule import Context, LayerSums, Rule, State, Totals, tensors_of
 
@@ -30,28 +31,38 @@ LAYERS = (
 
 
 class Arrival(dict[str, LayerUpdate]):
-    """One update by layer, with what a site would send along and the seed an engine would give it."""
+    """One update by layer, with what a site would send along and the seed an engine would give it; ``step``
+    if it is measured from the merged model."""
 
-    def __init__(self, layers: Mapping[str, LayerUpdate], seed: int = 0) -> None:
+    def __init__(self, layers: Mapping[str, LayerUpdate], seed: int = 0, step: bool = False) -> None:
         super().__init__(layers)
-        self.seed = seed
+        self.seed, self.step = seed, step
 
     def context(self, rule: Rule, layer: LayerSpec, merges: int, measured: Tensor | None = None) -> Context:
         seed = self.seed * 1009 + crc32(layer.name.encode())
-        return Context(merges, statistics(rule.needs, layer, seed), seed, measured)
+        return Context(merges, statistics(rule.needs, layer, seed), seed, measured, self.step)
 
 
 def statistics(needs: Iterable[str], layer: LayerSpec, seed: int) -> dict[str, Tensor]:
-    """Made-up statistics of one layer: curvatures, and a Gram's factor of nearly full rank for matrices."""
+    """Made-up statistics of one layer: curvatures, and for matrices a Gram's factor of nearly full rank and a
+    sketch of rank 2."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name in sorted(needs):
-        if name == "input_gram" and layer.kind is LayerKind.MATRIX:
-            columns = layer.matrix_shape[1]
-            found[name] = torch.randn(max(columns - 1, 1), columns, generator=generator)
-        elif name != "input_gram" or len(layer.shape) == 1:
+        if layer.kind is LayerKind.MATRIX and name in OF_INPUTS:
+            found[name] = _of_inputs(name, layer.matrix_shape[1], generator)
+        elif name not in OF_INPUTS or (name == "input_gram" and len(layer.shape) == 1):
             found[name] = torch.rand(layer.shape, generator=generator) + 0.1
     return found
+
+
+def _of_inputs(name: str, columns: int, generator: torch.Generator) -> Tensor:
+    if name == "input_gram":
+        return torch.randn(max(columns - 1, 1), columns, generator=generator)
+    if name == "sketch":
+        left = torch.randn(columns, 2, generator=generator)
+        return left @ torch.randn(2, columns, generator=generator)
+    return 0.4 + 0.6 * torch.rand(1, generator=generator)
 
 
 @dataclass
@@ -261,6 +272,33 @@ class RuleContract:
                 for field, tensor in tensors_of(state).items():
                     found = tensors_of(removed.states[name])[field]
                     torch.testing.assert_close(found, tensor, rtol=1e-9, atol=1e-9, msg=f"{name}.{field}")
+
+    def test_the_step_to_a_vector_merges_like_the_vector(self, rule: Rule, arrivals: list[Arrival]) -> None:
+        if not rule.steps:
+            return
+        vectors, steps = Fold(rule, LAYERS), Fold(rule, LAYERS)
+        for arrival in arrivals:
+            merged = steps.read()
+            way = {name: Dense(update.to_dense() - merged[name]) for name, update in arrival.items()}
+            steps.merge(Arrival(way, arrival.seed, step=True))
+        assert relative_difference(steps.read(), vectors.merge(*arrivals).read()) < self.tolerance
+
+    def test_adjusting_moves_the_merged_model_and_nothing_else(
+        self, rule: Rule, arrivals: list[Arrival]
+    ) -> None:
+        a, b, c, change = arrivals
+        if not rule.steps:
+            with pytest.raises(NotImplementedError, match=rule.name):
+                rule.adjust(rule.init(LAYERS[0]), a[LAYERS[0].name])
+            return
+        fold = Fold(rule, LAYERS).merge(a, b)
+        before = fold.read()
+        fold.states = {name: rule.adjust(state, change[name]) for name, state in fold.states.items()}
+        wanted = {name: before[name] + change[name].to_dense() for name in before}
+        assert relative_difference(fold.read(), wanted) < 1e-6
+        back = {n: rule.adjust(s, change[n].times(-1.0)) for n, s in fold.states.items()}
+        fold.states = back
+        assert relative_difference(fold.merge(c).read(), Fold(rule, LAYERS).merge(a, b, c).read()) < 1e-4
 
     def test_rank_deficient_vectors_merge_the_same_when_recomputed(self, rule: Rule) -> None:
         deficient = [gaussian(SEED + task, rank=2) for task in range(4)]

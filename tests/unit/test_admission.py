@@ -30,7 +30,7 @@ from fedmerge.common.errors import (
 )
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.names import check_site_name
-from fedmerge.common.statistics import Statistics
+from fedmerge.common.statistics import Statistic, Statistics
 from fedmerge.common.taskvector import LowRank, Manifest, TaskVector
 from fedmerge.common.vectorfile import from_bytes, save, to_bytes
 from fedmerge.deploy.streams.example import example
@@ -51,6 +51,7 @@ from fedmerge.server.admission import (
     weight,
 )
 from fedmerge.server.merge.average import Average
+from fedmerge.server.merge.fot import Fot
 
 BASE = Base.from_checkpoint(
     {"w": torch.ones(4, 3), "b": torch.ones(4), "head": torch.ones(2, 4)}, {"head": LayerKind.PRIVATE}
@@ -268,7 +269,7 @@ BIAS_FISHER = {"fisher": torch.ones(4), "second_moment": torch.ones(4)}
 EVERYTHING = {"w": {**GRAM, **FISHER}, "b": BIAS_FISHER}
 
 
-def with_statistics(held, listed=("input_gram", "fisher", "second_moment"), **layers) -> TaskVector:
+def with_statistics(held, listed=tuple(Statistic), **layers) -> TaskVector:
     brought = vector(replace(SAYS, statistics=listed), **layers)
     return replace(brought, statistics=Statistics.of(held))
 
@@ -314,12 +315,50 @@ def test_a_statistic_that_a_rule_needs_is_missed_by_name(held, listed, rule, lay
     assert "Let the client measure it" in str(caught.value)
 
 
+SKETCHES = ("sketch", "residual")
+
+
+def sketched(columns: int) -> dict[str, torch.Tensor]:
+    return {"sketch": torch.ones(3, columns), "residual": torch.ones(1)}
+
+
+@pytest.mark.parametrize(("width", "columns"), [(0.1, 1), (0.5, 2), (1.0, 3), (5.0, 15)])
+def test_sketches_of_a_matrix_layer_as_wide_as_was_asked_are_enough(width, columns):
+    ask(with_statistics({"w": sketched(columns)}, SKETCHES), Fot(width=width))
+    with pytest.raises(ShapeMismatch, match=f"layer 'w': a sketch of another width: got 4, wanted {columns}"):
+        ask(with_statistics({"w": sketched(4)}, SKETCHES), Average(), Fot(width=width))
+    ask(with_statistics({"w": sketched(4)}, SKETCHES), Average())
+
+
+@pytest.mark.parametrize("left_out", SKETCHES)
+def test_a_sketch_and_its_residual_must_come_together(left_out):
+    other = {name: values for name, values in sketched(3).items() if name != left_out}
+    with pytest.raises(StatisticsMissing, match=f"fot asks for {left_out}") as caught:
+        ask(with_statistics({"w": other}, SKETCHES), Fot())
+    assert caught.value.layer == "w"
+
+
+def test_of_every_layer_a_sketch_and_its_residual_must_come_together():
+    base = Base.from_checkpoint({"one": torch.ones(2, 3), "two": torch.ones(2, 3)})
+    held = {"one": sketched(3), "two": {"sketch": torch.ones(3, 3)}}
+    says = Manifest(base.fingerprint, 0, "plain", "a", 1, SKETCHES)
+    update = replace(
+        TaskVector.of({"one": torch.ones(2, 3), "two": torch.ones(2, 3)}, (), says),
+        statistics=Statistics.of(held),
+    )
+    with pytest.raises(StatisticsMissing, match="layer 'two': sketch or residual without the other"):
+        admit(update, base, BaseNorms.of(base), task="plain", rules=[Fot()])
+
+
 @pytest.mark.parametrize(
     ("held", "error"),
     [
         ({"w": {"fisher": torch.full((4, 3), math.nan)}}, NonFinite),
         ({"b": {"fisher": -torch.ones(4)}}, BadStatistic),
         ({"w": {"input_gram": torch.full((1, 3), 1e30)}}, BadStatistic),
+        ({"w": {"residual": torch.full((1,), 1.5)}}, BadStatistic),
+        ({"w": {"sketch": torch.ones(4, 3)}}, ShapeMismatch),
+        ({"b": {"sketch": torch.ones(4, 4)}}, ShapeMismatch),
         ({"w": {"fisher": torch.ones(3, 4)}}, ShapeMismatch),
         ({"w": {"input_gram": torch.ones(12)}}, ShapeMismatch),
     ],
@@ -379,7 +418,7 @@ def test_an_update_may_be_as_large_as_the_limit_and_no_byte_larger(path):
 def test_statistics_of_a_file_are_asked_for_and_checked_like_a_vectors(path):
     save(with_statistics(EVERYTHING), path)
     admitted = admit_update(path, BASE, NORMS, current_version=0, site="ward-7", rules=[Grams(), Squares()])
-    assert admitted.manifest.statistics == ("input_gram", "fisher", "second_moment")
+    assert admitted.manifest.statistics == tuple(Statistic)
     assert admitted.norm == 4.0
     save(vector(), path)
     with pytest.raises(StatisticsMissing, match=r"^update of ward-7: rule grams asks for"):

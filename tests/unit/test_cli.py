@@ -16,7 +16,7 @@ from fedmerge.common.base import Base
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.taskvector import LowRank, TaskVector
 from fedmerge.common.vectorfile import load
-from fedmerge.deploy import cli
+from fedmerge.deploy import choices, cli
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge import DEFAULT_RULE, RULES, make_rule
 
@@ -99,9 +99,9 @@ def record(path: str = "out.json") -> dict:
 
 
 def test_rules_and_their_settings_are_parsed():
-    opcm, average = cli.parse_rules(" opcm , average,opcm", ["opcm.alpha=0.25"])
+    opcm, average = choices.parse_rules(" opcm , average,opcm", ["opcm.alpha=0.25"])
     assert (opcm.name, opcm.alpha, average.name) == ("opcm", 0.25, "average")
-    (alone,) = cli.parse_rules("opcm", ["alpha=0.75", "opcm.diagonal=cleared"], one=True)
+    (alone,) = choices.parse_rules("opcm", ["alpha=0.75", "opcm.diagonal=cleared"], one=True)
     assert (alone.alpha, alone.diagonal) == (0.75, "cleared")
 
 
@@ -112,7 +112,7 @@ def test_rules_and_their_settings_are_parsed():
         (" , ", [], False, "name at least one rule"),
         ("opcm,average", [], True, "name one rule: got 'opcm,average'"),
         ("", [], True, "name one rule"),
-        ("fedavg", [], False, f"no such merge rule: got 'fedavg', wanted {' or '.join(sorted(RULES))}"),
+        ("fedprox", [], False, f"no such merge rule: got 'fedprox', wanted {' or '.join(sorted(RULES))}"),
         ("opcm", ["alpha"], False, "not a setting of a chosen rule: got 'alpha', wanted opcm.OPTION=VALUE"),
         ("opcm", ["average.alpha=1"], False, "not a setting of a chosen rule"),
         ("opcm,average", ["alpha=1"], False, "wanted opcm.OPTION=VALUE or average.OPTION=VALUE"),
@@ -125,7 +125,7 @@ def test_rules_and_their_settings_are_parsed():
 )
 def test_wrong_rules_and_settings_are_refused_with_what_is_right(names, settings, one, says):
     with pytest.raises(ConfigError) as caught:
-        cli.parse_rules(names, settings, one)
+        choices.parse_rules(names, settings, one)
     assert says in str(caught.value)
 
 
@@ -264,7 +264,7 @@ ERRORS = {
     "an extra layer": (bad_extra, INPUT, "layer 'lm.weight': not a layer of the base"),
     "a missing layer": (bad_missing, INPUT, "layer 'body.bias': a layer of the base is missing"),
     "a pickle": (bad_pickle, INPUT, "bad.safetensors"),
-    "an unknown rule": (lambda _: None, ("a.safetensors", "--rule", "fedavg"), "no such merge rule"),
+    "an unknown rule": (lambda _: None, ("a.safetensors", "--rule", "fedprox"), "no such merge rule"),
     "two rules": (lambda _: None, ("a.safetensors", "--rule", "opcm,average"), "name one rule"),
     "an option out of range": (lambda _: None, ("a.safetensors", "--set", "alpha=7"), "option 'alpha'"),
     "another suffix": (

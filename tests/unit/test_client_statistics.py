@@ -22,7 +22,7 @@ from fedmerge.common.statistics import Statistic
 from fedmerge.common.vectorfile import to_bytes
 
 CONFIG = TrainingConfig(steps=5, batch_size=8, learning_rate=0.01, gram_energy=1.0)
-GRAM, FISHER, MOMENT = Statistic
+GRAM, FISHER, MOMENT = Statistic.INPUT_GRAM, Statistic.FISHER, Statistic.SECOND_MOMENT
 
 
 def inputs(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge.common.errors import StatisticsMissing
+from fedmerge.common.errors import ShapeMismatch, StatisticsMissing
 from fedmerge.common.statistics import Statistics, statistics_of
 from fedmerge.common.taskvector import Dense, LowRank, Manifest, TaskVector
 from fedmerge.server.combine import add_vectors, combine
@@ -213,3 +213,42 @@ def test_a_later_round_brings_its_own_statistics():
     assert torch.equal(total.statistics("w")["fisher"], measured(2).statistics("w")["fisher"])
     assert torch.equal(total.in_memory().statistics("w")["fisher"], measured(2).statistics("w")["fisher"])
     assert total.manifest.statistics == NEEDS
+
+
+def sketched(seed: int, width: int = 3, residual: float = 0.5, examples: int = 3) -> TaskVector:
+    generator = torch.Generator().manual_seed(200 + seed)
+    held = {"sketch": torch.randn(4, width, generator=generator), "residual": torch.tensor([residual])}
+    vector = dense(seed, examples=examples)
+    manifest = replace(vector.manifest, statistics=("residual", "sketch"))
+    return replace(vector, manifest=manifest, statistics=Statistics.of({"w": held}))
+
+
+SKETCHES = ("residual", "sketch")
+
+
+def test_sketches_are_added_whatever_the_weights_and_residuals_are_averaged():
+    vectors = [sketched(1, residual=0.25), sketched(2, residual=0.75), sketched(3, residual=0.5)]
+    whole = combine(vectors, [1, 2, 5], SKETCHES)
+    wanted = sum(v.statistics("w")["sketch"].double() for v in vectors).float()
+    assert torch.equal(whole.statistics("w")["sketch"], wanted)
+    assert whole.statistics("w")["residual"].item() == pytest.approx((0.25 + 1.5 + 2.5) / 8)
+    assert statistics_of(whole).shapes["w"] == {"residual": (1,), "sketch": (4, 3)}
+    assert whole.statistics("b") == {}
+
+
+def test_statistics_may_be_weighted_otherwise_than_the_vectors():
+    vectors = [sketched(1, residual=0.2), sketched(2, residual=1.0)]
+    whole = combine(vectors, [1, 1], SKETCHES, examples=[3, 1])
+    assert whole.statistics("w")["residual"].item() == pytest.approx(0.4)
+    assert torch.equal(values(whole), values(combine(vectors, [1, 1])))
+
+
+def test_order_of_sites_changes_no_sketch_but_for_rounding():
+    vectors = [sketched(seed) for seed in range(5)]
+    there, back = (combine(order, [1] * 5, SKETCHES) for order in (vectors, vectors[::-1]))
+    assert torch.allclose(there.statistics("w")["sketch"], back.statistics("w")["sketch"], atol=1e-6)
+
+
+def test_sketches_of_different_widths_do_not_add():
+    with pytest.raises(ShapeMismatch, match="layer 'w': sketches of different widths"):
+        combine([sketched(1, width=3), sketched(2, width=4)], [1, 1], SKETCHES)

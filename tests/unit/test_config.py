@@ -11,7 +11,7 @@ from fedmerge.server.layout import FederationConfig
 
 
 @pytest.mark.parametrize("kind", [FederationConfig, SimulationConfig])
-@pytest.mark.parametrize("partition", ["iid", "dirichlet:0.5", "dirichlet:1", "dirichlet:.25"])
+@pytest.mark.parametrize("partition", ["iid", "dirichlet:0.5", "dirichlet:.25", "shards:1", "shards:20"])
 def test_known_partitions_pass(kind: type, partition: str) -> None:
     assert validated(kind, {"partition": partition}).partition == partition
 
@@ -22,6 +22,8 @@ def test_known_partitions_pass(kind: type, partition: str) -> None:
     [
         ({"partition": "dirichlet:abc"}, "partition"),
         ({"partition": "shards"}, "partition"),
+        ({"partition": "shards:0"}, "partition"),
+        ({"partition": "shards:1.5"}, "partition"),
         ({"rounds": 0}, "rounds"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),

@@ -15,6 +15,7 @@ from rule_contract import relative_difference, statistics
 from torch import Tensor
 
 from fedmerge.common.errors import StatisticsMissing
+from fedmerge.common.statistics import OF_INPUTS
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.server import snapshot
 from fedmerge.server.engine.engine import Act, Engine, seed_of
@@ -194,7 +195,7 @@ def test_update_without_a_layer_gives_no_less_to_every_rule(rule: Rule) -> None:
 
 
 def test_lacking_statistic_is_named_and_nothing_is_merged(rule: Rule) -> None:
-    missing = sorted(rule.needs - {"input_gram"})
+    missing = sorted(rule.needs - OF_INPUTS)
     bare = replace(update(1, rule), statistics=lambda name: {}, label="site-7")
     with LocalEngine(rule, LAYERS, workers=2) as engine:
         engine.merge(update(0, rule))

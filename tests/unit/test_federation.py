@@ -19,6 +19,7 @@ from local_grid import (
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from fedmerge.client.app import seed_of_round
 from fedmerge.client.site import open_site
 from fedmerge.client.tasks import StreamOptions
 from fedmerge.client.training import score
@@ -297,7 +298,7 @@ def test_two_rounds_end_where_the_site_itself_ended(two_rounds):
     at = open_site("example", StreamOptions(0, ROWS))
     task = at.task("plain", 0, 1, "iid", 0)
     first, _ = at.learn(task, seed=0, site="a", device="cpu")
-    at.learn(task, seed=0, site="a", origin=first, device="cpu")
+    at.learn(task, seed=seed_of_round(0, 2), site="a", origin=first, device="cpu")
     merged = weights_of(run, "average")
     for name, weight in at.model.state_dict().items():
         assert torch.allclose(merged[name], weight, rtol=1e-5, atol=1e-6)

@@ -25,7 +25,7 @@ from fedmerge.common.errors import ConfigError, EngineError, FileError
 from fedmerge.common.statistics import Statistic, Statistics
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import save as save_vector
-from fedmerge.deploy.cli import parse_rules
+from fedmerge.deploy.choices import parse_rules
 from fedmerge.deploy.contest import arrival_orders
 from fedmerge.deploy.leaderboard import LeaderboardConfig, Listener, leaderboard
 from fedmerge.deploy.leaderboard_cli import leaderboard as command

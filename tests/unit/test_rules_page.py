@@ -26,6 +26,7 @@ STATISTICS = {
     "diagonal Fisher": {Statistic.FISHER},
     "input Grams": {Statistic.INPUT_GRAM},
     "AdamW's second moments": {Statistic.SECOND_MOMENT},
+    "sketches": {Statistic.SKETCH, Statistic.RESIDUAL},
 }
 
 

@@ -17,6 +17,8 @@ from fedmerge.common.statistics import Statistic, Statistics, check_shape, check
 from fedmerge.common.taskvector import LowRank, Manifest, TaskVector
 
 ALL = tuple(Statistic)
+FITTING = {Statistic.SKETCH: (3, 2), Statistic.RESIDUAL: (1,)}
+"""Shapes for a layer of (2, 3), where it is not the layer's own."""
 SHAPES = {"q": (3, 4), "k": (3, 4), "v": (5, 4), "norm": (4,), "embed": (6, 2), "conv": (3, 2, 2, 2)}
 
 
@@ -25,7 +27,7 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
 
 
 def measured() -> dict[str, dict[str, torch.Tensor]]:
-    """Of every layer what it may have; q, k and v share one Gram."""
+    """Of every layer what it may have; q, k and v share one Gram, and q and conv have sketches."""
     shared = drawn(1, 2, 4)
     found = {
         name: {
@@ -38,6 +40,8 @@ def measured() -> dict[str, dict[str, torch.Tensor]]:
         found[name]["input_gram"] = shared
     found["norm"]["input_gram"] = drawn(20, 4).square()
     found["conv"]["input_gram"] = drawn(21, 8, 8)
+    for name, columns, width in (("q", 4, 4), ("conv", 8, 12)):
+        found[name] |= {"sketch": drawn(22, columns, width), "residual": torch.tensor([0.25])}
     return found
 
 
@@ -68,7 +72,7 @@ def test_a_file_brings_back_the_statistics_of_every_layer(tmp_path, dtype):
     vectorfile.save(vector(), path, dtype)
     back = vectorfile.load(path)
     assert back.names == vector().names
-    assert back.manifest.statistics == ("input_gram", "fisher", "second_moment")
+    assert back.manifest.statistics == ("input_gram", "fisher", "second_moment", "sketch", "residual")
     assert_same(back.statistics, vector().statistics, dtype)
 
 
@@ -144,7 +148,7 @@ def test_a_layer_that_is_not_known_has_no_statistics():
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_the_payload_counts_a_shared_gram_once_and_the_dtype_of_the_file(dtype, size):
     squares = 2 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
-    values = squares + 2 * 4 + 4 + 8 * 8
+    values = squares + 2 * 4 + 4 + 8 * 8 + 4 * 4 + 1 + 8 * 12 + 1
     assert statistics_of(vector()).payload_bytes == 4 * values
     back = vectorfile.from_bytes(vectorfile.to_bytes(vector(), dtype))
     assert statistics_of(back).payload_bytes == size * values
@@ -159,8 +163,8 @@ def test_a_statistic_that_the_manifest_does_not_list_is_not_written():
 
 
 def test_a_statistic_that_no_reader_knows_is_not_written():
-    with pytest.raises(FileError, match="got sketch"):
-        vectorfile.to_bytes(vector({"q": {"sketch": torch.ones(1)}}, listed=["sketch"]))
+    with pytest.raises(FileError, match="got hessian"):
+        vectorfile.to_bytes(vector({"q": {"hessian": torch.ones(1)}}, listed=["hessian"]))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +205,13 @@ def file_of(parts, listed=ALL, **metadata):
     [
         ({"still#fisher": torch.ones(2)}, FileError, "still"),
         ({"other#fisher": torch.ones(2)}, FileError, "other"),
-        ({"w#sketch": torch.ones(2)}, FileError, "w#sketch"),
+        ({"w#hessian": torch.ones(2)}, FileError, "w#hessian"),
+        ({"w#sketch": torch.ones(2, 3)}, ShapeMismatch, "w"),
+        ({"w#sketch": torch.ones(3)}, ShapeMismatch, "w"),
+        ({"w#sketch": torch.ones(3, 0)}, ShapeMismatch, "w"),
+        ({"w#sketch": torch.ones(3, 25)}, ShapeMismatch, "w"),
+        ({"w#residual": torch.ones(2)}, ShapeMismatch, "w"),
+        ({"w#residual": torch.tensor(0.5)}, ShapeMismatch, "w"),
         ({"w#fisher": torch.ones(3, 2)}, ShapeMismatch, "w"),
         ({"w#fisher": torch.ones(6)}, ShapeMismatch, "w"),
         ({"b#second_moment": torch.ones(1)}, ShapeMismatch, "b"),
@@ -223,7 +233,7 @@ def test_statistics_that_do_not_fit_are_refused_at_opening(parts, error, layer):
 @pytest.mark.parametrize("name", ALL)
 def test_a_statistic_that_is_not_listed_is_refused(name):
     others = [other for other in ALL if other != name]
-    parts = {f"w#{name}": torch.ones(2, 3)}
+    parts = {f"w#{name}": torch.ones(FITTING.get(name, (2, 3)))}
     assert vectorfile.from_bytes(file_of(parts)).statistics("w")
     with pytest.raises(FileError, match=f"layer 'w': .* got {name}"):
         vectorfile.from_bytes(file_of(parts, others))
@@ -277,6 +287,9 @@ NAN, INF = float("nan"), float("inf")
 LIES = [
     *((name, value, NonFinite) for name in ALL for value in (NAN, INF, -INF)),
     ("input_gram", 1e30, BadStatistic),
+    ("sketch", 1e30, BadStatistic),
+    ("residual", 1.001, BadStatistic),
+    ("residual", -1e-20, BadStatistic),
     ("fisher", 1e30, BadStatistic),
     ("fisher", -1e-20, BadStatistic),
     ("second_moment", -1.0, BadStatistic),
@@ -284,9 +297,9 @@ LIES = [
 
 
 @pytest.mark.parametrize(("name", "value", "error"), LIES)
-@pytest.mark.parametrize("place", [0, 5])
+@pytest.mark.parametrize("place", [0, -1])
 def test_values_that_no_data_give_are_refused_by_reading_and_by_scanning(tmp_path, name, value, error, place):
-    spoiled = torch.ones(2, 3)
+    spoiled = torch.ones(FITTING.get(name, (2, 3)))
     spoiled.view(-1)[place] = value
     path = tmp_path / "u.safetensors"
     path.write_bytes(file_of({f"w#{name}": spoiled, "b#fisher": torch.ones(3)}))
@@ -296,6 +309,14 @@ def test_values_that_no_data_give_are_refused_by_reading_and_by_scanning(tmp_pat
         list(scan(path, 8))
     assert str(scanning.value) == str(reading.value)
     assert vectorfile.load(path).statistics("b")
+
+
+def test_a_sketch_may_be_negative_and_a_residual_is_a_ratio(tmp_path):
+    path = tmp_path / "u.safetensors"
+    for ratio in (0.0, 1.0):
+        path.write_bytes(file_of({"w#sketch": -torch.ones(3, 24), "w#residual": torch.tensor([ratio])}))
+        assert vectorfile.load(path).statistics("w")["sketch"].sum() == -72
+        assert len(list(scan(path, 8))) == 3
 
 
 def test_a_factor_may_be_negative_and_mean_squares_of_an_input_may_not(tmp_path):
@@ -331,6 +352,12 @@ def test_an_input_gram_in_the_form_of_another_kind_is_refused(layer, shape):
     held = {layer: {"input_gram": torch.ones(shape)}}
     with pytest.raises(ShapeMismatch, match=f"layer '{layer}': input_gram"):
         check_vector(vector(held), BASE)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("sketch", (2, 2)), ("residual", (1,))])
+def test_only_matrix_layers_have_sketches(name, shape):
+    with pytest.raises(ShapeMismatch, match=f"layer 'embed': {name}"):
+        check_vector(vector({"embed": {name: torch.ones(shape)}}), BASE)
 
 
 def test_a_vector_in_memory_is_held_to_its_list_too():

@@ -157,7 +157,7 @@ def test_a_rule_with_options_is_taken_as_it_is():
 
 def test_an_unknown_rule_is_refused_at_once():
     with pytest.raises(ConfigError, match="no such merge rule"):
-        ContinualMerging("fedavg")
+        ContinualMerging("fedprox")
 
 
 def test_private_layers_and_kinds_are_respected():

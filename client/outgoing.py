@@ -1,0 +1,43 @@
+"""An update as it leaves a site: first made private, then smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fedmerge.client.compress import compress
+from fedmerge.client.memory import SiteMemory
+from fedmerge.client.privacy import privatise
+from fedmerge.common.compression import Compression
+from fedmerge.common.privacy import Privacy, epsilon, releases
+from fedmerge.common.taskvector import TaskVector
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A task vector to be written with ``dtype``, and numbers that go with it."""
+
+    vector: TaskVector
+    dtype: torch.dtype = torch.float32
+    numbers: Mapping[str, int | float] = field(default_factory=dict)
+
+
+def outgoing(
+    vector: TaskVector, privacy: Privacy | None, compression: Compression, memory: SiteMemory
+) -> Outgoing:
+    """What is sent of a vector. Compression sees what is private already.
+
+    Args:
+        memory: counts releases, and holds what was not sent in earlier rounds.
+    """
+    numbers: dict[str, int | float] = {}
+    if privacy is not None:
+        vector = privatise(vector, privacy)
+        memory.releases += releases(1, vector.manifest.statistics)
+        numbers["epsilon"] = epsilon(privacy.noise, memory.releases, privacy.delta)
+    if compression == Compression():
+        return Outgoing(vector, numbers=numbers)
+    sent = compress(vector, compression, memory.tensors)
+    return Outgoing(sent.vector, sent.dtype, numbers | {"cut": sent.report.residual})

@@ -1,0 +1,178 @@
+"""Where a run stands, on disk, so that a long one can go on after a stop.
+
+A folder of two generations at most; ``standing.json`` names the files of the one that counts and is written
+last, so that a stop at any moment leaves the one before:
+
+    standing.json            tasks merged, the round that comes next, scores, events; hashes of the files
+    N-model-NAME             snapshot of each model's engine (:mod:`fedmerge.server.snapshot`)
+    N-moved                  what the task under way has moved so far, a task vector file
+    N-version-V-NAME         merged vectors that have not been scored by all sites
+
+What sites keep between rounds is theirs and is not here: error feedback begins anew after a stop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedmerge.common import vectorfile
+from fedmerge.common.errors import MismatchError, StoreDamaged
+from fedmerge.common.hashing import hash_file
+from fedmerge.common.taskvector import TaskVector
+from fedmerge.common.writing import make_folder, replacing
+from fedmerge.server import snapshot
+from fedmerge.server.history import Event
+from fedmerge.server.model import GlobalModel
+
+NAME = "standing.json"
+
+
+class MergedTask(BaseModel):
+    """A task whose vector is in the models, and who taught it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    learned_by: list[str]
+
+
+class Standing(BaseModel):
+    """How far a run has come.
+
+    Attributes:
+        number: of this generation. ``layout``: hash of the layout and the rules it is of.
+        merged: in order. ``passed``: tasks that have had their turn, merged or not.
+        round: the next one of the task under way; ``taught``: labels of those it has learned from.
+        scores: rule, version, task, accuracy and examples, one line per site; ``fine_tuned``: the same of
+            tasks after their last round. ``unscored``: versions that some site has not scored yet.
+        events: the history. ``files``: hash by file name.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    number: int
+    layout: str
+    merged: list[MergedTask]
+    passed: int
+    round: int
+    taught: list[str]
+    seconds: float
+    scores: list[tuple[str, int, str, float, int]]
+    fine_tuned: list[tuple[str, float, int]]
+    unscored: list[int]
+    events: list[Event]
+    files: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Writes and reads standings.
+
+    Attributes:
+        folder: of one run. ``every``: rounds between two standings, at least 1; one follows every task.
+    """
+
+    folder: Path
+    every: int = 10
+
+    def due(self, round: int) -> bool:
+        """Whether a standing is written after this round of a task."""
+        return round % self.every == 0
+
+    def write(
+        self,
+        standing: Standing,
+        base: str,
+        models: Mapping[str, GlobalModel],
+        moved: TaskVector | None,
+        published: Mapping[tuple[int, str], bytes],
+    ) -> None:
+        """Puts a standing in place of the one before.
+
+        Args:
+            published: merged vectors by version and model, of the versions that are unscored.
+        """
+        make_folder(self.folder)
+        number = standing.number
+        files: dict[str, str] = {}
+
+        def put(name: str, write: Callable[[BinaryIO], object]) -> None:
+            path = self.folder / f"{number}-{name}"
+            with replacing(path) as file:
+                write(file)
+            files[path.name], _ = hash_file(path)
+
+        for name, model in models.items():
+            put(f"model-{name}", partial(snapshot.write, model.engine, base))
+        if moved is not None:
+            put("moved", partial(vectorfile.write, moved))
+        for (version, name), data in published.items():
+            put(f"version-{version}-{name}", partial(_write, data))
+        with replacing(self.folder / NAME) as file:
+            file.write(standing.model_copy(update={"files": files}).model_dump_json().encode())
+        for old in self.folder.iterdir():
+            if old.name != NAME and old.name not in files:
+                old.unlink(missing_ok=True)
+
+    def read(self, layout: str) -> Standing | None:
+        """The standing of a run of this layout; None if there is none.
+
+        Raises:
+            MismatchError: of another layout. StoreDamaged: not as it was written.
+        """
+        path = self.folder / NAME
+        try:
+            standing = Standing.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            raise StoreDamaged(
+                "not the standing of a run", where=path, got=str(error).splitlines()[0]
+            ) from error
+        if standing.layout != layout:
+            raise MismatchError(
+                "the standing of a run that was laid out differently",
+                where=path,
+                do="Give the same settings, or another folder.",
+            )
+        for name, wanted in standing.files.items():
+            if not (self.folder / name).is_file() or hash_file(self.folder / name)[0] != wanted:
+                raise StoreDamaged("a file of a standing is missing or damaged", where=self.folder / name)
+        return standing
+
+    def restore(self, standing: Standing, base: str, models: Mapping[str, GlobalModel]) -> TaskVector | None:
+        """Brings models to a standing; returns what the task under way has moved."""
+        for name, model in models.items():
+            snapshot.restore(model.engine, base, self.folder / f"{standing.number}-model-{name}")
+        moved = self.folder / f"{standing.number}-moved"
+        return vectorfile.load(moved).in_memory() if moved.name in standing.files else None
+
+    def published(self, standing: Standing, version: int, name: str) -> bytes:
+        """The merged vector of an unscored version."""
+        return (self.folder / f"{standing.number}-version-{version}-{name}").read_bytes()
+
+    def clear(self) -> None:
+        """Removes everything, once the run's results are safe."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
+
+
+def layout_hash(config: BaseModel, models: Mapping[str, GlobalModel], base: str) -> str:
+    """Equal for runs that can go on from each other's standing."""
+    rules = {name: [m.engine.rule.name, m.engine.rule.model_dump(mode="json")] for name, m in models.items()}
+    told = json.dumps([config.model_dump(mode="json"), rules, base], sort_keys=True)
+    return sha256(told.encode()).hexdigest()
+
+
+def _write(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
