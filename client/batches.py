@@ -15,10 +15,10 @@ def split(examples: int, share: float, seed: int) -> tuple[list[int], list[int]]
     """Row numbers to train on and row numbers held out, both ascending.
 
     Args:
-        share: held out, from 0 to below 1, drawn by ``seed``. Above 0 it is at least one row, and at most
-            all but one.
+        examples: at least 2. ``share``: of them held out, above 0 and below 1, drawn by ``seed``; at least
+            one, and at most all but one.
     """
-    count = min(max(round(share * examples), 1), examples - 1) if share else 0
+    count = min(max(round(share * examples), 1), examples - 1)
     order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[count:]), sorted(order[:count])
 

@@ -2,7 +2,7 @@
 how often it has released something.
 
 In a run of Flower it lies in the node's context, in serving mode in the site's folder
-(:class:`fedmerge.client.state.SiteState`). It belongs to one way of learning: another one begins anew, but for
+(:class:`fedmerge.client.state.SiteState`). It belongs to one way of learning: another begins anew, but for
 the number of releases, which only grows.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +23,7 @@ from fedmerge.common.errors import ConfigError
 from fedmerge.common.layers import matches
 from fedmerge.common.score import Score
 from fedmerge.common.taskvector import LayerUpdate
-from fedmerge.common.training import LocalTraining
+from fedmerge.common.training import LocalTraining, Stop
 from fedmerge.common.training import Loop as LoopSettings
 
 OnStep = Callable[[int, int, float], None]
@@ -108,9 +108,7 @@ def fine_tune(
     config = settled(config, training.loop)
     place = place_of(device)
     _check_training(task, config, place)
-    if training.stop and length(task.train) < 2:
-        raise ConfigError("too few training examples to hold some out", where=f"task {task.name!r}", wanted=2)
-    rows, held_out = split(length(task.train), training.stop.held_out if training.stop else 0.0, seed)
+    rows, held_out = _rows(task, training.stop, seed)
     with left_as_found(model), seeded(seed, place):
         model.to(place).train()
         trained = _freeze(model, config)
@@ -124,9 +122,8 @@ def fine_tune(
             base=base or {},
             bases=bases or {},
             memory={} if memory is None else memory,
+            held_out_loss=partial(_mean_loss, model, task, held_out, config.eval_batch_size, place),
         )
-        if held_out:
-            run.held_out_loss = partial(_mean_loss, model, task, held_out, config.eval_batch_size, place)
         options = options_of(training, run)
         with ExitStack() as stack:
             for option in options:
@@ -136,18 +133,7 @@ def fine_tune(
             _go(loop, on_step, checkpoint, about=repr((config, training, seed, len(rows))))
         if on_finish is not None:
             on_finish(optimizer)
-    updates = {name: update for option in options for name, update in option.updates().items()}
-    moved = (run.trained.keys() & trained.keys()) | updates.keys() | dict(model.named_buffers()).keys()
-    return TrainingReport(
-        steps=run.step,
-        examples=len(rows),
-        final_loss=loop.losses[-1],
-        mean_loss=math.fsum(loop.losses) / len(loop.losses),
-        seconds=loop.seconds,
-        kept_step=run.step if run.kept is None else run.kept,
-        trained=frozenset(moved),
-        updates=updates,
-    )
+    return _reported(loop, len(rows), trained)
 
 
 def settled(config: TrainingConfig, loop: LoopSettings) -> TrainingConfig:
@@ -181,6 +167,33 @@ def score(model: nn.Module, task: Task, batch_size: int = 64, device: str = "aut
             batch = batch_of(task, task.test, range(start, min(start + batch_size, examples)), place)
             total += float(task.metric(model, batch).double().sum())
     return Score(total / examples, examples)
+
+
+def _rows(task: Task, stop: Stop | None, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the examples to train on, and of those held out."""
+    examples = length(task.train)
+    if stop is None:
+        return list(range(examples)), []
+    if examples < 2:
+        raise ConfigError("too few training examples to hold some out", where=f"task {task.name!r}", wanted=2)
+    return split(examples, stop.held_out, seed)
+
+
+def _reported(loop: TrainingLoop, examples: int, trained: Collection[str]) -> TrainingReport:
+    run = loop.run
+    updates = {name: update for option in loop.options for name, update in option.updates().items()}
+    moved = {name for name in run.trained if name in trained} | updates.keys()
+    moved |= dict(run.model.named_buffers()).keys() & run.model.state_dict().keys()
+    return TrainingReport(
+        steps=run.step,
+        examples=examples,
+        final_loss=loop.losses[-1],
+        mean_loss=math.fsum(loop.losses) / len(loop.losses),
+        seconds=loop.seconds,
+        kept_step=run.step if run.kept is None else run.kept,
+        trained=frozenset(moved),
+        updates=updates,
+    )
 
 
 def _go(loop: TrainingLoop, on_step: OnStep | None, checkpoint: RunCheckpoint | None, about: str) -> None:

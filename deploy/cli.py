@@ -122,6 +122,9 @@ def simulate_command(
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds before a site's answer is given up.")] = 3600.0,
     save_merged: Annotated[bool, typer.Option(help="Also write each rule's final merged vector.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the same command was stopped.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json, CSV files and report.html.")] = Path(
         "runs/latest"
     ),
@@ -153,7 +156,7 @@ def simulate_command(
     config = validated(SimulationConfig, settings_of_run)
     names = ", ".join(chosen.name for chosen in methods)
     console.print(f"stream {stream}, {sites} sites, {names}, seed {seed}", highlight=False)
-    results = simulate(config, methods, out, RunProgress(console))
+    results = simulate(config, methods, out, RunProgress(console), resume)
     report = write_report(results, out / "report.html")
     print_summary(results, console)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)

@@ -6,13 +6,13 @@ of their own follow one another.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedmerge import __version__
 from fedmerge.client.loading import first_tasks, load_stream
 from fedmerge.client.tasks import Stream, StreamOptions
 from fedmerge.common.base import Base
@@ -28,19 +29,10 @@ from fedmerge.common.config import Partition, Seed
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.machine import cores
 from fedmerge.common.privacy import Privacy
-from fedmerge.common.score import pooled
 from fedmerge.common.writing import make_folder
+from fedmerge.deploy.outcomes import Outcome, Unfinished, outcome
 from fedmerge.deploy.progress import RunProgress
-from fedmerge.deploy.report.metrics import mean
-from fedmerge.deploy.report.results import (
-    Failure,
-    Learning,
-    MergeRow,
-    Results,
-    RuleResults,
-    SiteTraffic,
-    save,
-)
+from fedmerge.deploy.report.results import Failure, Results, SiteTraffic, save
 from fedmerge.server.app import EngineConfig, run_methods, save_merged
 from fedmerge.server.federation import Federation
 from fedmerge.server.history import Event, History
@@ -93,22 +85,22 @@ class SimulationConfig(BaseModel):
     save_merged: bool = False
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a method left: its federation, its place in it, and the bytes that its rule keeps at the end."""
-
-    method: Method
-    federation: Federation
-    state_bytes: int
-
-
 def simulate(
-    config: SimulationConfig, methods: Sequence[Method], out: Path, progress: RunProgress
+    config: SimulationConfig,
+    methods: Sequence[Method],
+    out: Path,
+    progress: RunProgress,
+    resume: bool = False,
 ) -> Results:
     """Runs an experiment and writes ``results.json``, CSV files and ``history.jsonl`` under ``out``.
 
+    Args:
+        resume: goes on where the same experiment was stopped: after the last method that had ended and, where
+            sites start from the merged model, the last task merged, or the last round written down.
+
     Raises:
-        ConfigError: a setting that does not fit the stream. Whatever stops the ServerApp comes through.
+        ConfigError: a setting that does not fit the stream, or nothing to go on with. Whatever stops the
+            ServerApp comes through.
     """
     if config.sites_per_task > config.sites:
         raise ConfigError(
@@ -133,16 +125,38 @@ def simulate(
     )
     history = History(progress.follow)
     make_folder(out)
+    unfinished = Unfinished(out / "unfinished")
+    outcomes, history.events = unfinished.begin(_settings(config, methods, layout), resume)
+    left = [method for method in methods if method.name not in outcomes]
+    layout = layout.model_copy(update={"evaluate_base": not outcomes})
     set_up = time.perf_counter() - clock
     try:
-        with progress.run(*expected(methods, layout)):
-            finished = _run_in_flower(config, base, methods, layout, history, out)
+        with progress.run(*expected(left, layout)):
+            if left:
+                outcomes |= _run_in_flower(config, base, left, layout, history, out, unfinished)
     finally:
         history.save(out / "history.jsonl")
     total = time.perf_counter() - clock
-    results = _results(config, stream, finished, history, started, {"set-up": set_up, "total": total})
+    ordered = {method.name: outcomes[method.name] for method in methods}
+    seconds = {"set-up": set_up, "total": total}
+    results = _results(config, stream, base, ordered, history, started, seconds)
     save(results, out)
+    unfinished.clear()
     return results
+
+
+def _settings(config: SimulationConfig, methods: Sequence[Method], layout: FederationConfig) -> str:
+    """Everything that a simulation's results depend on, as text."""
+    told = [
+        [
+            method.name,
+            method.rule.name,
+            method.rule.model_dump(mode="json"),
+            method.laid_out(layout).model_dump_json(),
+        ]
+        for method in methods
+    ]
+    return json.dumps([__version__, config.model_dump(mode="json", exclude={"workers"}), told])
 
 
 def expected(methods: Sequence[Method], layout: FederationConfig) -> tuple[int, int, int]:
@@ -154,7 +168,9 @@ def expected(methods: Sequence[Method], layout: FederationConfig) -> tuple[int, 
         asked = min(own.sites_per_round or own.sites_per_task, own.sites_per_task)
         trainings += versions * asked * own.rounds
         merges += versions
-        scorings += (versions + (number == 0)) * min(own.min_sites, versions * own.sites_per_task)
+        scorings += (versions + (number == 0 and layout.evaluate_base)) * min(
+            own.min_sites, versions * own.sites_per_task
+        )
     return trainings, merges, scorings
 
 
@@ -165,7 +181,8 @@ def _run_in_flower(
     layout: FederationConfig,
     history: History,
     out: Path,
-) -> list[Finished]:
+    unfinished: Unfinished,
+) -> dict[str, Outcome]:
     """The ServerApp and ClientApps in Flower's simulation engine, on a Ray that we start."""
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
@@ -177,19 +194,24 @@ def _run_in_flower(
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what fails at a site is in the history
     workers = config.workers or cores()
     start_ray(num_cpus=workers)
-    finished: dict[str, Finished] = {}
+    found: dict[str, Outcome] = {}
     by_name = {method.name: method for method in methods}
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         def keep(federation: Federation) -> None:
+            events = _by_method(history)
             for name, model in federation.models.items():
-                finished[name] = Finished(by_name[name], federation, model.engine.state_bytes())
+                found[name] = outcome(
+                    by_name[name], federation, model.engine.state_bytes(), layout.tasks, events[name]
+                )
             if config.save_merged:
                 save_merged(federation, out)
+            unfinished.keep(found, history.events)
 
-        run_methods(grid, base, methods, layout, EngineConfig(actors=config.actors), history, keep)
+        engines = EngineConfig(actors=config.actors)
+        run_methods(grid, base, methods, layout, engines, history, keep, unfinished.checkpoints)
 
     site = SiteConfig(
         config.stream, seed=config.seed, rows=config.rows, privacy=config.privacy, sketch_seed=config.seed
@@ -197,22 +219,21 @@ def _run_in_flower(
     resources = {"num_cpus": 1, "num_gpus": torch.cuda.device_count() / workers}
     backend: Any = {"client_resources": resources}
     run_simulation(server, make_client_app(site), config.sites, backend_config=backend)
-    return [finished[method.name] for method in methods]
+    return found
 
 
 def _results(
     config: SimulationConfig,
     stream: Stream,
-    finished: Sequence[Finished],
+    base: Base,
+    outcomes: Mapping[str, Outcome],
     history: History,
     started: datetime,
     seconds: dict[str, float],
 ) -> Results:
-    first = finished[0].federation
     tasks = list(first_tasks(stream, config.tasks))
-    events = _by_method(history)
-    zero_shot = {task: first.score("base", 0, task) for task in tasks}
-    plain = next((f for f in finished if f.method.learning is not None), finished[0])
+    plain = next((one for one in outcomes.values() if one.shared), next(iter(outcomes.values())))
+    scored = {task: found for one in outcomes.values() for task, found in one.zero_shot.items()}
     return Results(
         stream=stream.name,
         seed=config.seed,
@@ -222,19 +243,19 @@ def _results(
         sites_per_task=config.sites_per_task,
         sites_per_round=config.sites_per_round,
         partition=config.partition,
-        privacy=None if config.privacy is None else config.privacy.model_dump(),
+        privacy=None if config.privacy is None else config.privacy.model_dump(mode="json"),
         command=shlex.join(["fedmerge", *sys.argv[1:]]),
         started=started.isoformat(timespec="seconds"),
-        base_fingerprint=first.base.fingerprint,
+        base_fingerprint=base.fingerprint,
         versions={name: version(name) for name in LIBRARIES},
         threads_per_worker=1,
         actors=config.actors,
         tasks=tasks,
-        zero_shot={task: score.accuracy if score else None for task, score in zero_shot.items()},
-        fine_tuned=_fine_tuned(plain.federation, tasks),
-        test_examples={task: score.examples for task, score in zero_shot.items() if score},
-        rules={one.method.name: _rule_results(one, tasks, events[one.method.name]) for one in finished},
-        sites_traffic=_traffic(first, history),
+        zero_shot={task: scored[task][0] if task in scored else None for task in tasks},
+        fine_tuned=plain.result.learning.fine_tuned if plain.result.learning else {},
+        test_examples={task: scored[task][1] for task in tasks if task in scored},
+        rules={name: one.result for name, one in outcomes.items()},
+        sites_traffic=_traffic(_held(outcomes.values()), history),
         seconds=seconds | _phases(history),
         failures=[
             Failure(**{key: event[key] for key in Failure.model_fields}) for event in history.of("failed")
@@ -242,47 +263,13 @@ def _results(
     )
 
 
-def _rule_results(one: Finished, tasks: Sequence[str], events: Sequence[Event]) -> RuleResults:
-    """A method's accuracies after each of its merges, and what its sites sent."""
-    name, federation, rule = one.method.name, one.federation, one.method.rule
-
-    def accuracy(number: int, task: str) -> float | None:
-        found = federation.score(name, number, task)
-        return found.accuracy if found else None
-
-    matrix = [[accuracy(number, task) for task in tasks] for number in range(1, len(federation.merged) + 1)]
-    rows = [_merge_row(event) for event in events if event["event"] == "merged" and event["rule"] == name]
-    learning = _learning(one, tasks, events)
-    options = rule.model_dump()
-    return RuleResults.measured(tasks, matrix, rows, options, rule.needs, one.state_bytes, learning)
-
-
-def _learning(one: Finished, tasks: Sequence[str], events: Sequence[Event]) -> Learning:
-    method, layout = one.method, one.federation.config
-    trained = [event for event in events if event["event"] == "trained"]
-    corrected = sum(event["bytes_up"] for event in events if event["event"] == "corrected")
-    spent = [event["epsilon"] for event in trained if event["epsilon"] is not None]
-    told = method.training.model_dump(exclude_none=True)
-    return Learning(
-        rule=method.rule.name,
-        start=layout.start,
-        rounds=layout.rounds,
-        sites=min(layout.sites_per_round or layout.sites_per_task, layout.sites_per_task),
-        training={name: told[name] for name in method.training.options},
-        loop=told["loop"],
-        compress=method.compress,
-        up_bytes=sum(event["bytes_up"] for event in trained) + corrected,
-        statistics_bytes=sum(event["statistics_bytes"] for event in trained),
-        updates=len(trained),
-        cut=mean(event["cut"] for event in trained),
-        fine_tuned=_fine_tuned(one.federation, tasks),
-        epsilon=max(spent, default=None),
-    )
-
-
-def _fine_tuned(federation: Federation, tasks: Sequence[str]) -> dict[str, float | None]:
-    found = {task: pooled(federation.fine_tuned.get(task, [])) for task in tasks}
-    return {task: score.accuracy if score else None for task, score in found.items()}
+def _held(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
+    """Tasks by site, over all methods."""
+    found: dict[str, list[str]] = {}
+    for one in outcomes:
+        for site, tasks in one.held.items():
+            found[site] = list(dict.fromkeys((*found.get(site, ()), *tasks)))
+    return found
 
 
 def _by_method(history: History) -> dict[str, list[Event]]:
@@ -297,32 +284,25 @@ def _by_method(history: History) -> dict[str, list[Event]]:
     return found
 
 
-def _merge_row(event: Event) -> MergeRow:
-    facts = {key: event[key] for key in MergeRow.model_fields if key != "seconds"}
-    return MergeRow(**facts, seconds={"absorb": event["absorb_seconds"], "read": event["read_seconds"]})
-
-
-def _traffic(federation: Federation, history: History) -> list[SiteTraffic]:
-    """What every site sent and received for all methods; its tasks are those of one federation."""
+def _traffic(held: Mapping[str, list[str]], history: History) -> list[SiteTraffic]:
+    """What every site sent and received for all methods."""
     return [
         SiteTraffic(
-            site=site.label,
-            tasks=[name for run in federation.runs if site in run.sites for name in run.names],
+            site=site,
+            tasks=tasks,
             up_bytes=sum(
                 event["bytes_up"]
                 for kind in ("trained", "corrected")
                 for event in history.of(kind)
-                if event["site"] == site.label
+                if event["site"] == site
             ),
-            down_bytes=sum(
-                event["bytes_down"] for event in history.of("sent") if event["site"] == site.label
-            ),
-            failures=sum(event["site"] == site.label for event in history.of("failed")),
+            down_bytes=sum(event["bytes_down"] for event in history.of("sent") if event["site"] == site),
+            failures=sum(event["site"] == site for event in history.of("failed")),
             statistics_bytes=sum(
-                event["statistics_bytes"] for event in history.of("trained") if event["site"] == site.label
+                event["statistics_bytes"] for event in history.of("trained") if event["site"] == site
             ),
         )
-        for site in sorted(federation.sites.values(), key=lambda site: site.label)
+        for site, tasks in sorted(held.items())
     ]
 
 

@@ -62,6 +62,7 @@ from fedmerge.server.methods import Method, grouped, make_method
 from fedmerge.server.model import GlobalModel
 from fedmerge.server.peers import ServingSettings
 from fedmerge.server.serving import Serving
+from fedmerge.server.standing import Checkpoints
 
 logger = logging.getLogger("fedmerge.server")
 
@@ -256,6 +257,7 @@ def run_methods(
     engines: EngineConfig,
     history: History,
     on_finished: Callable[[Federation], None] = lambda _: None,
+    checkpoints: Callable[[Sequence[Method]], Checkpoints] | None = None,
 ) -> None:
     """Merges the tasks of a grid's sites by every method, each with its rule on its own Ray actors.
 
@@ -263,6 +265,7 @@ def run_methods(
 
     Args:
         on_finished: called with each federation before its actors end, while merged models can still be read.
+        checkpoints: where methods write down how far they have come, if sites start from the merged model.
 
     Raises:
         ConfigError: no usable site, or a method that the layout does not allow. EngineError: Ray cannot be
@@ -271,7 +274,8 @@ def run_methods(
     _start_ray(grid, engines)
     for group in grouped(methods):
         history.record("learning", methods=[method.name for method in group])
-        _run_group(grid, base, group, layout, engines, history, on_finished)
+        standing = checkpoints(group) if checkpoints is not None and group[0].start == "merged" else None
+        _run_group(grid, base, group, layout, engines, history, on_finished, standing)
         layout = layout.model_copy(update={"evaluate_base": False})
 
 
@@ -283,6 +287,7 @@ def _run_group(
     engines: EngineConfig,
     history: History,
     on_finished: Callable[[Federation], None],
+    checkpoints: Checkpoints | None,
 ) -> None:
     poll_seconds = SIMULATION_POLL_SECONDS if isinstance(grid, InMemoryGrid) else POLL_SECONDS
     with ExitStack() as stack:
@@ -292,9 +297,12 @@ def _run_group(
         }
         for model in models.values():
             model.engine.prepare(wait=True)  # many actors starting at once would starve the sites' workers
-        federation = Federation(grid, base, models, group[0].laid_out(layout), history, poll_seconds)
+        config = group[0].laid_out(layout)
+        federation = Federation(grid, base, models, config, history, poll_seconds, checkpoints=checkpoints)
         federation.run()
         on_finished(federation)
+    if checkpoints is not None:
+        checkpoints.clear()
 
 
 def _start_ray(grid: Grid, engines: EngineConfig) -> None:

@@ -37,10 +37,9 @@ class LargestUnits(Option):
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        trained = {id(parameter) for parameter in self.run.trained.values()}
         for module in self.run.model.modules():
             dim = _unit_dim(module)
-            if dim is not None and id(module.weight) in trained:
+            if dim is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
                 self._hooks.append(module.register_forward_hook(partial(self._add, dim)))
         return self
 

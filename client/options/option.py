@@ -1,6 +1,6 @@
 """What a training option is: a small piece that changes one thing about the plain loop.
 
-The loop of :mod:`fedmerge.client.training` calls its options at four places, in the order of ``OPTIONS``::
+The loop of :mod:`fedmerge.client.loop` calls its options at four places, in the order of ``OPTIONS``::
 
     with option:                                # once around the run: before the optimizer is made, and after
         for every optimizer step:
@@ -50,7 +50,7 @@ class Run:
         bases: by matrix layer, orthonormal columns (N, K) of input directions that the server protects.
         memory: what this site keeps from run to run, by keys that begin with the option's name; float32, CPU.
         optimizer: of everything in ``trained``; made once the options are entered.
-        held_out_loss: mean loss over the examples held out of training, now; NaN if there are none.
+        held_out_loss: mean loss, now, over the examples that ``stop`` holds out of training.
         over: set by an option to end the run after this step.
         kept: the step whose weights the model ends with, if it is not the last.
     """

@@ -85,6 +85,7 @@ class Protected:
             return counted
         ratio = sample.ratio * (rest / seen if squared else sqrt(rest / seen))
         added = found.leading(_needed(found.values_K.square() / rest, ratio, eps))
+        # Projected once more: rounding of U is large in the directions of a small residual.
         new_NJ = torch.linalg.qr(_outside(added.left_MK, basis_NK)).Q
         scale = (sample.ratio if squared else sample.ratio**2) / seen
         old_K = (basis_NK.T @ seen_NR).square().sum(dim=1)
@@ -111,10 +112,8 @@ def _needed(shares_K: Tensor, ratio: float, eps: float) -> int:
 
 
 def _outside(values_NR: Tensor, basis_NK: Tensor) -> Tensor:
-    """``Y - U U^T Y``, twice: the second time takes away what rounding of U has left."""
-    for _ in range(2):
-        values_NR = values_NR - basis_NK @ (basis_NK.T @ values_NR)
-    return values_NR
+    """``Y - U U^T Y``."""
+    return values_NR - basis_NK @ (basis_NK.T @ values_NR)
 
 
 def _padded(values: Tensor, room: int) -> Tensor:

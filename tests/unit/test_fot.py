@@ -168,11 +168,12 @@ class TestWorkedByHand:
             assert state.energy_B[1].item() == pytest.approx(share)
 
 
-def test_an_eps_that_is_reached_already_still_adds_one_direction() -> None:
+@pytest.mark.parametrize("residual", [0.05, 1e-30])
+def test_an_eps_that_is_reached_already_still_adds_one_direction(residual: float) -> None:
     rule = Fot(eps=0.9)
     state = rule.init(matrix(1, 5))
     for tasks in (1, 2):
-        context = told(sketch=drawn(tasks, 5, 5), residual=torch.tensor([0.05]))  # eps' = -1
+        context = told(sketch=drawn(tasks, 5, 5), residual=torch.tensor([residual]))  # eps' <= -1
         state = after(rule, state, context)
         assert basis_of(rule, state).shape[1] == tasks
 
@@ -188,6 +189,21 @@ def test_inputs_within_what_is_protected_add_none(residual: float) -> None:
     assert torch.equal(basis_of(rule, after(rule, state, within)), basis)
     zeros = told(sketch=torch.zeros(8, 8), residual=torch.tensor([residual]))
     assert torch.equal(basis_of(rule, after(rule, state, zeros)), basis)
+
+
+def test_a_residual_of_nothing_adds_none_whatever_its_sketch() -> None:
+    rule = Fot()
+    state = after(rule, rule.init(matrix(1, 5)), told(sketch=drawn(SEED, 5, 5), residual=torch.zeros(1)))
+    assert rule.shown(state) is None
+
+
+def test_directions_of_a_small_residual_are_orthogonal_to_those_that_were_there() -> None:
+    rule, old, new = Fot(eps=1.0), drawn(SEED, 30, 10), drawn(SEED + 1, 30, 5)
+    state = after(rule, rule.init(matrix(1, 30)), told(sketch=old, residual=torch.ones(1)))
+    whole = old @ drawn(SEED + 2, 10, 30) + 1e-4 * new @ drawn(SEED + 3, 5, 30)
+    basis = basis_of(rule, after(rule, state, told(sketch=whole, residual=torch.ones(1))))
+    assert basis.shape[1] == 15
+    assert float((basis.T @ basis - torch.eye(15)).abs().max()) < 1e-6
 
 
 def test_eps_grows_with_the_tasks_and_not_with_the_rounds() -> None:
@@ -297,11 +313,18 @@ def test_a_full_layer_moves_no_more() -> None:
 
 def test_a_budget_keeps_the_directions_of_the_most_energy() -> None:
     rule = FotGram(eps=1.0, budget=0.5)
-    state = after(rule, rule.init(matrix(1, 4)), told(input_gram=torch.diag(torch.tensor([3.0, 1, 0, 0]))))
-    state = after(rule, state, told(input_gram=torch.diag(torch.tensor([0.0, 1, 1, 2]))))
-    # shares of input energy: 0.9, 0.1 + 1/6, 1/6 and 4/6
+    state = rule.init(matrix(1, 4))
+    # Shares of input energy by axis: of the second task 0.3, 0.2 and 0.5, of the third 0.1, 0.4 and 0.5.
+    for energies, kept, shares in (
+        ([9.0, 1.0, 0.0, 0.0], [0, 1], [0.9, 0.1]),
+        ([0.0, 3.0, 2.0, 5.0], [0, 3], [0.9, 0.5]),
+    ):
+        state = after(rule, state, told(input_gram=torch.tensor(energies).sqrt().diag()))
+        torch.testing.assert_close(rule.shown(state).abs(), torch.eye(4)[:, kept])
+        torch.testing.assert_close(state.energy_B, torch.tensor(shares))
+    state = after(rule, state, told(input_gram=torch.tensor([1.0, 4.0, 0.0, 5.0]).sqrt().diag()))
     torch.testing.assert_close(rule.shown(state).abs(), torch.eye(4)[:, [0, 3]])
-    torch.testing.assert_close(state.energy_B, torch.tensor([0.9, 4 / 6]))
+    torch.testing.assert_close(state.energy_B, torch.tensor([1.0, 1.0]))
     assert sum(t.nbytes for t in tensors_of(state).values()) == 4 * (4 + 2 * 4 + 2 + 1)
 
 

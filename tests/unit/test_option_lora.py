@@ -114,6 +114,12 @@ def test_only_adapted_layers_and_those_trained_whole_change():
     assert list(report.updates) == ["inner.weight"]
 
 
+def test_layers_trained_whole_get_no_adapter():
+    report = fine_tune(network(), task(), CONFIG, 0, training=lora(full="3.*"))
+    assert list(report.updates) == ["0.weight"]
+    assert report.trained == {"0.weight", "3.weight", "3.bias"}
+
+
 def test_frozen_layers_get_no_adapter():
     model = network()
     report = fine_tune(model, task(), replace(CONFIG, frozen=("0.*",)), 0, training=lora())

@@ -51,10 +51,10 @@ def test_rows_of_the_largest_units_keep_their_gradients():
 
 
 def test_magnitudes_are_summed_over_the_batches_of_a_step_and_over_all_rows():
-    """Units 3 and 4, then 2 and 0: sums 5 and 4. The first alone would choose the other unit."""
-    batches = torch.tensor([[[1.0, 0]]]), torch.tensor([[[0.0, 1]]])
-    found = masked(linear([[3.0, 2], [4, 0]]), 0.9, *batches)
-    assert found["bias"].tolist() == [2, 0]
+    """Units 0 and 1, 5 and 1, 0 and 1: sums 5 and 3. The first or last alone would choose the other unit."""
+    one, other = torch.tensor([[[1.0, 0]]]), torch.tensor([[[0.0, 1]]])
+    found = masked(linear([[0.0, 5], [1, 1]]), 0.9, one, other, one)
+    assert found["bias"].tolist() == [3, 0]
 
 
 def test_sums_begin_anew_with_every_step():
@@ -112,6 +112,18 @@ def test_other_layers_and_passes_without_gradients_are_left_alone():
         option.after_backward()
     assert model[1].bias.grad.tolist() == [0, 1]
     assert model[0].bias.grad.tolist() == [1, 1]
+
+
+def test_bias_over_a_frozen_weight_is_masked_and_a_frozen_layer_costs_nothing():
+    layer, frozen = linear([[1.0], [2]]), linear([[1.0], [2]]).requires_grad_(False)
+    layer.weight.requires_grad_(False)
+    option = LargestUnits(run_of(nn.Sequential(layer)), Migu(quantile=0.9))
+    with option:
+        layer(torch.ones(1, 1)).sum().backward()
+        option.after_backward()
+    assert layer.bias.grad.tolist() == [0, 1]
+    with LargestUnits(run_of(frozen), Migu()):
+        assert not frozen._forward_hooks
 
 
 def test_hooks_are_gone_after_a_run_that_fails():

@@ -106,8 +106,12 @@ def test_batches_of_a_step_share_the_draw_and_weights_keep_their_bits():
     assert len(set(shifts)) == 3
 
 
-def test_weights_keep_their_bits_when_the_loss_raises():
-    model, option, _ = moved_quadratic(unperturbed=0.0)
+def test_weights_keep_their_bits_also_when_the_loss_raises():
+    model = nn.Linear(100, 100)
+    nn.init.normal_(model.weight)
+    option = Perturbation(run_of(model), Perturb(unperturbed=0.0))
+    with torch.no_grad():
+        model.weight.add_(torch.randn(100, 100))
     before = weights(model)
 
     def breaks():

@@ -73,11 +73,14 @@ def test_derivative_is_that_of_finite_differences(training):
     put(plain, base, {name: -1e-5 * step for name, step in change.items()})
     slope = (above - plain(IDS)) / 2e-5
     put(model, base, change)
+    model.batch.running_mean.fill_(3.0)
     with linearised(model, base):
         found = model(IDS)
     put(plain, base)
     torch.testing.assert_close(found, plain(IDS) + slope, atol=1e-8, rtol=0)
-    assert all(torch.equal(buffer, base[name]) for name, buffer in model.named_buffers())
+    assert model.batch.training is training
+    assert model.batch.running_mean.tolist() == [3.0] * 4
+    assert torch.equal(model.batch.running_var, base["batch.running_var"])
 
 
 def test_at_the_base_it_is_the_model():
@@ -87,8 +90,9 @@ def test_at_the_base_it_is_the_model():
     torch.testing.assert_close(found, model(IDS))
 
 
-def test_it_is_affine_in_the_weights():
-    model, outputs = block().eval(), []
+@pytest.mark.parametrize("trained", [True, False])
+def test_it_is_affine_in_the_weights(trained):
+    model, outputs = block().eval().requires_grad_(trained), []
     base, one, two = base_of(model), moved(model, 1), moved(model, 2)
     with linearised(model, base):
         for changes in ((), (one,), (two,), (one, two), (one, one, one)):

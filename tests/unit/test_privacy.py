@@ -178,9 +178,9 @@ def all_kinds() -> TaskVector:
 EACH = {"input_gram": 1.0, "fisher": 2.0, "second_moment": 0.5, "sketch": 3.0, "residual": 0.1}
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.3, 30.0])
-def test_noisy_statistics_are_still_ones_that_data_can_give(noise):
-    sent = privatise(all_kinds(), Privacy(clip=1.0, noise=noise, **EACH), seeded())
+@pytest.mark.parametrize(("noise", "seed"), [(0.0, 0), (0.3, 0), (30.0, 1), (30.0, 2), (30.0, 3), (30.0, 4)])
+def test_noisy_statistics_are_still_ones_that_data_can_give(noise, seed):
+    sent = privatise(all_kinds(), Privacy(clip=1.0, noise=noise, **EACH), seeded(seed))
     for layer in sent.names:
         for kind, values in sent.statistics(layer).items():
             shape, of_layer = tuple(values.shape), sent.shapes[layer]
@@ -230,6 +230,16 @@ def test_a_noisy_gram_is_the_nearest_positive_semidefinite_matrix():
     values, vectors = torch.linalg.eigh((noise + noise.T) / 2)
     wanted = (vectors * values.clamp(min=0)) @ vectors.T
     torch.testing.assert_close((factor.T @ factor).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gram_that_noise_made_negative_is_sent_as_zero():
+    given = TaskVector.of({"w": torch.zeros(4, 1)}, manifest=Manifest(statistics=("input_gram",)))
+    held = Statistics.of({"w": {"input_gram": torch.zeros(1, 1)}})
+    given = TaskVector(given.names, given.read, manifest=given.manifest, statistics=held)
+    privacy = Privacy(clip=1.0, noise=1.0, input_gram=1.0)
+    found = [privatise(given, privacy, seeded(seed)).statistics("w")["input_gram"] for seed in range(12)]
+    assert {tuple(factor.shape) for factor in found} == {(1, 1)}
+    assert {bool(factor.any()) for factor in found} == {True, False}
 
 
 def test_layers_that_share_a_gram_share_the_noisy_one():
