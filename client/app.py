@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,10 +23,12 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 
 from fedmerge import __version__
 from fedmerge.client.loading import load_stream
 from fedmerge.client.memory import SiteMemory, recalled, remember
+from fedmerge.client.mods import refuse_flower_dp
 from fedmerge.client.outgoing import Outgoing, outgoing
 from fedmerge.client.resume import RunCheckpoint
 from fedmerge.client.site import Site, open_site
@@ -87,13 +89,18 @@ class SiteConfig:
     sketch_seed: int | None = None
 
 
-def make_client_app(config: SiteConfig | None = None) -> ClientApp:
+def make_client_app(config: SiteConfig | None = None, mods: Sequence[Mod] = ()) -> ClientApp:
     """A ClientApp for one site, or for every site of a simulation.
 
     Args:
         config: by default read from the context of each message.
+        mods: Flower's, around every message.
+
+    Raises:
+        ConfigError: one of Flower's mods for differential privacy, which are wrong on task vectors.
     """
-    client = ClientApp()
+    refuse_flower_dp(mods)
+    client = ClientApp(mods=list(mods))
 
     @client.query("hello")
     def hello(message: Message, context: Context) -> Message:
@@ -252,9 +259,7 @@ def _learned(
     site, training = _open(config), from_json(LocalTraining, job.training, where=where)
     compression = Compression.parse(job.compress)
     _check_base(job.base, site.base)
-    origin = None
-    if wire.ORIGIN in content:
-        origin = _checked(wire.unpack_vector(content, wire.ORIGIN, where="origin"), site.base)
+    origin, version = _origin(config, job, content, site.base)
     memory.begin(job.learning, job.task, job.round)
     task, *also = (
         site.task(name, job.part, job.parts, job.partition, job.seed) for name in (job.task, *job.also)
@@ -264,7 +269,8 @@ def _learned(
         seed=seed_of_round(job.seed, job.round),
         site=label,
         origin=origin,
-        origin_version=job.origin_version,
+        origin_version=version,
+        from_base=job.held,
         device=config.device,
         on_step=_progress(label, job.task),
         needs=job.needs,
@@ -292,6 +298,20 @@ def _learned(
         logger.info("%s measured %s on %s: %d bytes", label, found, job.task, size)
     sent = outgoing(vector, config.privacy, compression, memory)
     return replace(sent, numbers={**numbers, **sent.numbers})
+
+
+def _origin(
+    config: SiteConfig, job: TrainJob, content: RecordDict, base: Base
+) -> tuple[TaskVector | None, int]:
+    """Where a run starts: the vector from the base, None for the base itself; and its version."""
+    if job.held:
+        state = _state(config)
+        if state.merged is None:
+            return None, 0
+        return _checked(load(state.merged), base), state.held.number
+    if wire.ORIGIN in content:
+        return _checked(wire.unpack_vector(content, wire.ORIGIN, where="origin"), base), job.origin_version
+    return None, job.origin_version
 
 
 def _private_seed(config: SiteConfig, label: str, job: TrainJob) -> int | None:

@@ -23,11 +23,12 @@ from fedmerge.client.tasks import Stream, StreamOptions, Task, TrainingConfig
 from fedmerge.client.training import OnStep, TrainingReport, fine_tune, score
 from fedmerge.common.base import Base
 from fedmerge.common.checkpoint import Checkpoint
+from fedmerge.common.config import listed
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.score import Score
 from fedmerge.common.statistics import Statistic, Statistics
 from fedmerge.common.taskvector import Manifest, TaskVector
-from fedmerge.common.training import Correction, LocalTraining, SketchSpec
+from fedmerge.common.training import PLAIN, Correction, LocalTraining, SketchSpec
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Site:
         site: str,
         origin: TaskVector | None = None,
         origin_version: int = 0,
+        from_base: bool = False,
         device: str = "auto",
         on_step: OnStep | None = None,
         needs: Collection[str] = (),
@@ -71,6 +73,7 @@ class Site:
 
         Args:
             origin_version: the version that ``origin`` is, 0 if it is none.
+            from_base: measures the vector from the base instead, every layer and whole.
             needs: names of statistics that come with the vector, of every layer that it stores.
             training: what departs from the stream's training. ``also``: tasks to learn at the same time; the
                 stream's number of steps is meant for each.
@@ -84,7 +87,7 @@ class Site:
             NonFinite: training diverged, or statistics came out NaN or infinite.
         """
         check_needs(needs)
-        training = training or LocalTraining()
+        training = self._with_heads(training or PLAIN)
         started, moments = self._start(origin), dict[str, Tensor]()
 
         def keep_moments(optimizer: Optimizer) -> None:
@@ -108,12 +111,24 @@ class Site:
         )
         manifest = Manifest(self.base.fingerprint, origin_version, task.name, site, report.examples)
         vector = self._moved(started, report, manifest)
+        if from_base and origin is not None:
+            tuned = Checkpoint.of(self.model.state_dict(), vector.label)
+            vector = TaskVector.from_checkpoints(
+                self.base, tuned, manifest=manifest, private=self.stream.private
+            ).in_memory()
         if needs:
             measuring = partial(measure, sketch=sketch, bases=bases, private_seed=private_seed)
             found = self._measured(learned, needs, vector.names, moments, seed, device, measuring)
             manifest = replace(vector.manifest, statistics=tuple(sorted(set(needs))))
             vector = replace(vector, manifest=manifest, statistics=Statistics.of(found))
         return vector, report
+
+    def _with_heads(self, training: LocalTraining) -> LocalTraining:
+        """The same training with private layers trained whole beside adapters."""
+        if training.lora is None or not self.stream.private:
+            return training
+        full = ",".join((*listed(training.lora.full), *self.stream.private))
+        return training.model_copy(update={"lora": training.lora.model_copy(update={"full": full})})
 
     def _config(self, tasks: int) -> TrainingConfig:
         """The stream's settings for so many tasks at once."""

@@ -7,9 +7,9 @@ wherever the server makes none. What the options do is in :mod:`fedmerge.client.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedmerge.common.config import validated
 from fedmerge.common.errors import ConfigError
@@ -149,6 +149,13 @@ class LocalTraining(_Frozen):
     project: Project | None = None
     stop: Stop | None = None
 
+    @model_validator(mode="after")
+    def _compatible(self) -> Self:
+        for name in WITHOUT_ADAPTERS:
+            if self.lora is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} trains whole weights and lora does not")
+        return self
+
     @classmethod
     def chosen(
         cls, names: Iterable[str], settings: Mapping[str, Mapping[str, Any]] | None = None
@@ -176,6 +183,12 @@ class LocalTraining(_Frozen):
         """Names of those in use."""
         return tuple(name for name in OPTIONS if getattr(self, name) is not None)
 
+
+WITHOUT_ADAPTERS = ("tangent", "osft", "coso", "project")
+"""Options that act on a layer's own weights, which low-rank adapters leave alone."""
+
+PLAIN = LocalTraining()
+"""Training as the stream has it."""
 
 OPTIONS = tuple(name for name in LocalTraining.model_fields if name != "loop")
 """Names of the training options, in the order in which they act."""

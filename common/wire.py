@@ -127,6 +127,7 @@ class TrainJob:
         compress: how the vector is made smaller, see ``fedmerge.common.compression``.
         score: whether to score the fine-tuned model.
         learning: of which way of learning, where a run has several; what a site keeps belongs to one.
+        held: whether to start from the version that the site holds; the vector is from the base all the same.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = EXACT
@@ -149,6 +150,7 @@ class TrainJob:
     compress: str = "none"
     score: bool = True
     learning: str = ""
+    held: bool = False
 
 
 @dataclass(frozen=True)

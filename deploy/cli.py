@@ -47,6 +47,8 @@ EXTRA_OF = {
     "matplotlib": "sim",
     "PIL": "sim",
     "jinja2": "sim",
+    "peft": "lora",
+    "dp_accounting": "privacy",
 }
 """Which extra brings a library that the base installation lacks."""
 

@@ -84,6 +84,7 @@ def _learning(
     return Learning(
         rule=method.rule.name,
         start=layout.start,
+        joint=layout.joint,
         rounds=layout.rounds,
         sites=min(layout.sites_per_round or layout.sites_per_task, layout.sites_per_task),
         training={name: told[name] for name in method.training.options},

@@ -232,7 +232,7 @@ def _results(
     seconds: dict[str, float],
 ) -> Results:
     tasks = list(first_tasks(stream, config.tasks))
-    plain = next((one for one in outcomes.values() if one.shared), next(iter(outcomes.values())))
+    alone = next((one.result.learning for one in outcomes.values() if one.shared), None)
     scored = {task: found for one in outcomes.values() for task, found in one.zero_shot.items()}
     return Results(
         stream=stream.name,
@@ -243,7 +243,7 @@ def _results(
         sites_per_task=config.sites_per_task,
         sites_per_round=config.sites_per_round,
         partition=config.partition,
-        privacy=None if config.privacy is None else config.privacy.model_dump(mode="json"),
+        privacy=None if config.privacy is None else config.privacy.model_dump(exclude_none=True),
         command=shlex.join(["fedmerge", *sys.argv[1:]]),
         started=started.isoformat(timespec="seconds"),
         base_fingerprint=base.fingerprint,
@@ -252,7 +252,7 @@ def _results(
         actors=config.actors,
         tasks=tasks,
         zero_shot={task: scored[task][0] if task in scored else None for task in tasks},
-        fine_tuned=plain.result.learning.fine_tuned if plain.result.learning else {},
+        fine_tuned={} if alone is None else alone.fine_tuned,
         test_examples={task: scored[task][1] for task in tasks if task in scored},
         rules={name: one.result for name, one in outcomes.items()},
         sites_traffic=_traffic(_held(outcomes.values()), history),

@@ -6,7 +6,8 @@ Run-config keys, all optional but ``base``; a mode ignores the keys of the other
 - ``base``: the pretrained model, a checkpoint or ``package.module:function`` that builds it;
   ``private``: comma-separated patterns of layers that never leave a site
 - ``rule``: comma-separated names, one in mode ``serve``; ``NAME.OPTION``: a rule's option, as ``opcm.alpha``
-- ``method``: comma-separated names of :mod:`fedmerge.server.methods`, in place of ``rule``
+- ``method``: comma-separated names of :mod:`fedmerge.server.methods`, in place of ``rule``; ``start``:
+  ``base`` or ``merged``, in place of the method's own
 - ``train``: comma-separated training options for all sites, as ``lora``; ``NAME.OPTION``: their options, as
   ``lora.rank``, those of the training loop as ``loop.epochs``, and of ``correction``
 - ``compress``: how sites make their updates smaller: ``bf16``, ``int8``, ``lowrank:ENERGY``
@@ -22,7 +23,8 @@ In mode ``tasks``:
 In mode ``serve``:
 
 - ``aggregator``: address of a running aggregation server, ``host:port`` or ``unix:/path``; ``base``, ``rule``
-  and the engine are then that server's. ``tls-ca``, ``tls-cert``, ``tls-key``: PEM files for it
+  and the engine are then that server's, and of ``method`` counts how sites train alone. ``tls-ca``,
+  ``tls-cert``, ``tls-key``: PEM files for it
 - ``state``: without an address, the folder of the aggregator in this process; by default in ``out``.
   ``limits.NAME``, ``retention.NAME``: what it lets in and keeps
 - ``seed``, ``timeout-seconds``, ``evaluate`` and the other keys of ``ServingSettings``
@@ -32,8 +34,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,9 +59,10 @@ from fedmerge.server.federation import Federation
 from fedmerge.server.history import Event, History
 from fedmerge.server.journal import Journal
 from fedmerge.server.layout import FederationConfig
+from fedmerge.server.learning import Teaching
 from fedmerge.server.merge import DEFAULT_RULE, RULES, make_rule
 from fedmerge.server.merge.rule import Rule
-from fedmerge.server.methods import Method, grouped, make_method
+from fedmerge.server.methods import Method, Settings, grouped, make_method
 from fedmerge.server.model import GlobalModel
 from fedmerge.server.peers import ServingSettings
 from fedmerge.server.serving import Serving
@@ -122,6 +126,7 @@ class RunConfig(BaseModel):
     private: str = ""
     rule: str = DEFAULT_RULE
     method: str = ""
+    start: Literal["", "base", "merged"] = ""
     train: str = ""
     compress: str = "none"
     out: Path = Path("fedmerge-out")
@@ -147,9 +152,7 @@ def main(grid: Grid, context: Context) -> None:
     _check_known(settings)
     run: RunConfig = _picked(RunConfig, settings)
     engines: EngineConfig = _picked(EngineConfig, settings)
-    methods = [
-        make_method(name, options, listed(run.train), run.compress) for name in listed(run.method or run.rule)
-    ]
+    methods = [_method(name, run, options) for name in listed(run.method or run.rule)]
     run.out.mkdir(parents=True, exist_ok=True)
     if run.mode == "serve":
         service: ServiceConfig = _picked(ServiceConfig, settings)
@@ -158,6 +161,11 @@ def main(grid: Grid, context: Context) -> None:
     else:
         layout = {key: value for key, value in settings.items() if key not in OF_METHOD}
         _run_tasks(grid, run, methods, engines, _picked(FederationConfig, layout))
+
+
+def _method(name: str, run: RunConfig, options: Settings) -> Method:
+    method = make_method(name, options, listed(run.train), run.compress)
+    return replace(method, start=run.start) if run.start else method
 
 
 def _run_tasks(
@@ -192,9 +200,9 @@ def _serve(
     journal = Journal(run.out / "history.jsonl", _log)
     poll_seconds = SIMULATION_POLL_SECONDS if isinstance(grid, InMemoryGrid) else POLL_SECONDS
     try:
-        with _service(grid, run, methods, engines, config, bounds) as (service, base, needs):
-            folder = run.out / "serving"
-            Serving(grid, base, service, settings, journal, folder, poll_seconds, needs=needs).run()
+        with _service(grid, run, methods, engines, config, bounds) as (service, base, rule):
+            folder, teaching = run.out / "serving", _teaching(methods[0], rule)
+            Serving(grid, base, service, settings, journal, folder, poll_seconds, teaching=teaching).run()
     finally:
         journal.close()
 
@@ -207,18 +215,23 @@ def _service(
     engines: EngineConfig,
     config: ServiceConfig,
     bounds: Mapping[str, Any],
-) -> Iterator[tuple[AggregationService, str, Collection[str]]]:
-    """The aggregation service, the fingerprint of its base, and the statistics that its rule needs."""
+) -> Iterator[tuple[AggregationService, str, Rule]]:
+    """The aggregation service, the fingerprint of its base, and its rule."""
     if config.aggregator is not None:
         with _remote(config.aggregator, config) as remote:
             status = remote.status()
-            yield remote, status.base, make_rule(status.rule, status.options).needs
+            yield remote, status.base, make_rule(status.rule, status.options)
         return
     if len(methods) != 1:
         raise ConfigError("a server merges under one rule", got=run.rule, wanted="one name under 'rule'")
     base, rule = open_base(run.base, listed(run.private)), methods[0].rule
     with _embedded(config.state or run.out / "state", grid, base, rule, engines, bounds) as embedded:
-        yield embedded, base.fingerprint, rule.needs
+        yield embedded, base.fingerprint, rule
+
+
+def _teaching(method: Method, rule: Rule) -> Teaching:
+    """What sites are asked of their learning, by a method, for a rule which may be another server's."""
+    return Teaching(rule.needs, rule.asks(), method.training, method.compress, method.start == "merged")
 
 
 @contextmanager

@@ -377,8 +377,9 @@ class Federation:
         """
         ordered = [run.arrived[site.node] for site in run.asked if site.node in run.arrived]
         needs = self._needs if self._is_last(run) else ()
-        shares = [count if self.config.weights == "examples" else 1 for _, count in ordered]
-        step = combine([vector for vector, _ in ordered], shares, needs)
+        vectors, examples = zip(*ordered, strict=True)
+        shares = examples if self.config.weights == "examples" else [1] * len(vectors)
+        step = combine(vectors, shares, needs, examples=examples)
         run.taught |= set(run.arrived)
         run.learned_by = [site.label for site in run.sites if site.node in run.taught]
         if self._by_round:

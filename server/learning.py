@@ -25,12 +25,33 @@ from fedmerge.common.errors import (
     Unreachable,
 )
 from fedmerge.common.ranges import RangeFile, RangeManifest
+from fedmerge.common.training import PLAIN, LocalTraining, SketchSpec
 from fedmerge.common.wire import ShardJob, TrainJob
 from fedmerge.server.backing import Backing
 from fedmerge.server.history import History
 from fedmerge.server.inbox import Arrived, Inbox
 from fedmerge.server.mailbox import Mailbox, Reply, Request
 from fedmerge.server.peers import WINDOW, Peer, ServingSettings, Tries, reported
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What sites are asked of their learning.
+
+    Attributes:
+        needs: statistics that the service's rule needs. ``sketch``: how to sketch, where it needs sketches.
+        training: options and settings of the training loop. ``compress``: how updates are made smaller.
+        held: whether sites start from the version they hold, and not from the base.
+    """
+
+    needs: Collection[str] = ()
+    sketch: SketchSpec | None = None
+    training: LocalTraining = PLAIN
+    compress: str = "none"
+    held: bool = False
+
+
+NOTHING_MORE = Teaching()
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,7 @@ class Learning:
     Args:
         base: fingerprint of the pretrained model.
         on_verdict: called with a site's name when there is something to tell it.
-        needs: statistics that sites are to send along, because the service's rule needs them.
+        teaching: what sites are asked of their learning.
 
     Attributes:
         verdicts: by site's name, only where there are any.
@@ -96,11 +117,11 @@ class Learning:
         base: str,
         clock: Callable[[], float],
         on_verdict: Callable[[str], None],
-        needs: Collection[str] = (),
+        teaching: Teaching = NOTHING_MORE,
     ) -> None:
         self._mailbox, self._backing, self._inbox = mailbox, backing, inbox
         self._settings, self._history, self._base, self._clock = settings, history, base, clock
-        self._on_verdict, self._needs = on_verdict, tuple(sorted(needs))
+        self._on_verdict, self._teaching = on_verdict, teaching
         self._tries: dict[tuple[str, str], Tries] = {}
         self._handing_in: dict[tuple[str, str], Tries] = {}
         self._downloads: dict[tuple[str, str], _Download] = {}
@@ -131,6 +152,7 @@ class Learning:
         return known or self._inbox.holds(site, task)
 
     def _ask_to_train(self, peer: Peer, task: str) -> None:
+        teaching = self._teaching
         job = TrainJob(
             task,
             self._base,
@@ -138,7 +160,11 @@ class Learning:
             keep=True,
             message_bytes=self._settings.max_message_bytes,
             range_bytes=self._settings.range_bytes,
-            needs=self._needs,
+            needs=tuple(sorted(teaching.needs)),
+            sketch="" if teaching.sketch is None else teaching.sketch.model_dump_json(),
+            training=teaching.training.model_dump_json(exclude_none=True),
+            compress=teaching.compress,
+            held=teaching.held,
         )
         content = RecordDict({wire.JOB: wire.pack_job(job)})
         peer.published_last = False

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from fedmerge.common.config import validated
 from fedmerge.common.errors import ConfigError
-from fedmerge.common.training import OPTIONS, Correction, LocalTraining
+from fedmerge.common.training import OPTIONS, PLAIN, Correction, LocalTraining
 from fedmerge.server.layout import FederationConfig
 from fedmerge.server.merge import RULES, make_rule
 from fedmerge.server.merge.rule import Rule
@@ -63,9 +63,6 @@ PRESETS: Mapping[str, Preset] = {
     "pm_plain": Preset("perturb_and_merge"),
     "holistic": Preset("holistic", options=("tangent",), corrected=True),
 }
-
-
-PLAIN = LocalTraining()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from fedmerge.server.admission import MAX_TASK_CHARS
 from fedmerge.server.backing import Backing
 from fedmerge.server.history import History
 from fedmerge.server.inbox import Inbox
-from fedmerge.server.learning import Learning, RangeAsked, Taught, Verdicts
+from fedmerge.server.learning import NOTHING_MORE, Learning, RangeAsked, Taught, Teaching, Verdicts
 from fedmerge.server.mailbox import Mailbox, Reply, Request
 from fedmerge.server.peers import Peer, ServingSettings, Tries
 from fedmerge.server.publishing import Offered, Publishing, RangeSent
@@ -63,7 +63,7 @@ class Serving:
         history: receives every event; a ``Journal`` does not keep them in memory.
         folder: for what has arrived and for versions on their way out; one server at a time.
         clock: seconds, monotonic; replaced in tests.
-        needs: statistics that the service's rule needs of every site.
+        teaching: what every site is asked of its learning.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Serving:
         folder: Path,
         poll_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
-        needs: Collection[str] = (),
+        teaching: Teaching = NOTHING_MORE,
     ) -> None:
         self.base, self.settings, self.history = base_fingerprint, settings, history
         self._poll_seconds, self._clock = poll_seconds, clock
@@ -94,7 +94,7 @@ class Serving:
             base_fingerprint,
             clock,
             self._make_hello_due,
-            needs,
+            teaching,
         )
         self._publishing = Publishing(
             self._mailbox, self._backing, settings, history, folder / "published", base_fingerprint, clock

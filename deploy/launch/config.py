@@ -11,7 +11,7 @@ import re
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -24,16 +24,25 @@ from pydantic import (
     model_validator,
 )
 
+from fedmerge.common.compression import Compression
 from fedmerge.common.errors import ConfigError, FileError
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.logs import Form, Level
 from fedmerge.common.names import SITE_NAME
 from fedmerge.common.tls import TlsFiles, is_loopback
+from fedmerge.common.training import LocalTraining
 from fedmerge.server.admission import Limits
 from fedmerge.server.merge import DEFAULT_RULE
 from fedmerge.server.peers import ServingSettings
 from fedmerge.server.retention import Retention
 from fedmerge.server.service.settings import ServiceSettings
+
+
+def _compression(text: str) -> str:
+    try:
+        return str(Compression.parse(text))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 def _resolved(path: Path, info: ValidationInfo) -> Path:
@@ -124,6 +133,18 @@ class RuleChoice(Section):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class Training(LocalTraining):
+    """What sites are asked of their training; a table for every training option in use.
+
+    Attributes:
+        start: where sites start from, the ``base`` or the ``merged`` version they hold.
+        compress: how they make updates smaller: ``bf16``, ``int8``, ``lowrank:ENERGY``.
+    """
+
+    start: Literal["base", "merged"] = "base"
+    compress: Annotated[str, AfterValidator(_compression)] = "none"
+
+
 class EngineChoice(Section):
     """Where merging happens.
 
@@ -212,6 +233,7 @@ class ServerConfig(Section):
 
     model: Model
     rule: RuleChoice = RuleChoice()
+    training: Training = Training()
     state: State = Field(default_factory=dict, validate_default=True)
     limits: Limits = Limits()
     engine: EngineChoice = EngineChoice()
@@ -221,6 +243,14 @@ class ServerConfig(Section):
     serving: Serving = Serving()
     metrics: Metrics = Metrics()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _let_in(self) -> Self:
+        if self.training.start == "merged" and self.limits.max_staleness is None:
+            raise ValueError(
+                "updates that start from a merged version are let in with limits.max_staleness alone"
+            )
+        return self
 
     @model_validator(mode="after")
     def _closed(self) -> Self:

@@ -21,7 +21,7 @@ from fedmerge.common.errors import ConfigError, Unreachable
 from fedmerge.common.lookup import find_function
 from fedmerge.common.records import VersionRecord
 from fedmerge.common.tls import server_credentials
-from fedmerge.deploy.launch.config import EngineChoice, HostPort, Model, ServerConfig, local
+from fedmerge.deploy.launch.config import EngineChoice, HostPort, Model, ServerConfig, Training, local
 from fedmerge.deploy.launch.explain import explain
 from fedmerge.deploy.launch.ports import wait_free
 from fedmerge.deploy.launch.processes import KeptRunning, NewLines, settle, until_told, wait_until
@@ -201,7 +201,21 @@ def _run_config(config: ServerConfig, aggregator: str) -> dict[str, Value]:
     )
     out = str(_serving_folder(config))
     shared: dict[str, Value] = {"mode": "serve", "aggregator": aggregator, "out": out}
-    return shared | {key.replace("_", "-"): value for key, value in settings.model_dump().items()}
+    serving = {key.replace("_", "-"): value for key, value in settings.model_dump().items()}
+    return shared | serving | _asked(config.training)
+
+
+def _asked(training: Training) -> dict[str, Value]:
+    """What sites are asked of their training, as run-config keys."""
+    told: dict[str, Value] = {
+        "start": training.start,
+        "compress": training.compress,
+        "train": ",".join(training.options),
+    }
+    for owner in ("loop", *training.options):
+        chosen = getattr(training, owner).model_dump(exclude_none=True)
+        told |= {f"{owner}.{key.replace('_', '-')}": value for key, value in chosen.items()}
+    return told
 
 
 def _serving_folder(config: ServerConfig) -> Path:

@@ -53,17 +53,20 @@ class MergeRow(Frozen):
 
 
 class Learning(Frozen):
-    """How sites learned what a rule merged, where that is not the same for all rules of a run.
+    """How sites learned what a rule merged.
 
-    ``start``: ``base`` or ``merged``; ``rounds`` per task; ``sites``: asked in each; ``training``: options in
-    use with their settings; ``loop``: settings of the training loop that were not the stream's.
+    ``start``: ``base`` or ``merged``; ``joint``: all tasks at once; ``rounds`` per task; ``sites``: asked in
+    each; ``training``: options in use with their settings; ``loop``: settings of the training loop that were
+    not the stream's.
     ``up_bytes``: sent by all sites, of which ``statistics_bytes`` are statistics; ``cut``: mean norm of what
     compression left out, relative to the update's; ``fine_tuned``: accuracy at the sites, by task.
-    ``epsilon``: the largest that any site has spent, at the run's delta.
+    ``epsilon``: the largest that any site has spent by the end, other methods before this one included, at
+    the run's delta; None: not known, or no bound at all.
     """
 
     rule: str
     start: Literal["base", "merged"] = "base"
+    joint: bool = False
     rounds: Count = 1
     sites: Count = 1
     training: dict[str, dict[str, float | str | int | bool | None]] = {}
@@ -76,12 +79,19 @@ class Learning(Frozen):
     fine_tuned: dict[str, Fraction | None] = {}
     epsilon: Amount | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether sites fine-tuned from the base as the stream says, task by task, and sent that whole."""
+        return not (
+            self.start == "merged" or self.joint or self.training or self.loop or self.compress != "none"
+        )
+
 
 class RuleResults(Frozen):
     """One rule over the whole stream: its accuracy matrix (merges by tasks) and the numbers from it.
 
     ``needs``: statistics that sites sent for it. ``state_bytes``: what it keeps after the last merge.
-    ``learning``: how sites learned; None where a run has only one way.
+    ``learning``: how sites learned; None where it was not written down.
     """
 
     options: dict[str, float | str | int | bool]
@@ -107,7 +117,7 @@ class RuleResults(Frozen):
         learning: Learning | None = None,
     ) -> RuleResults:
         """Computes every number from the matrix, with the tasks in the order of its columns."""
-        learned = metrics.learned_by(tasks, [merge.task for merge in merges])
+        learned = _learned(tasks, merges, learning)
         return cls(
             options=dict(options or {}),
             accuracy=[list(row) for row in accuracy],
@@ -128,6 +138,15 @@ class RuleResults(Frozen):
             if got != wanted:
                 raise ValueError(f"{name} has {got} rows for {wanted} merges")
         return self
+
+    @property
+    def joint(self) -> bool:
+        """Whether its one merge brought all tasks, learned at once."""
+        return self.learning is not None and self.learning.joint
+
+    def learned(self, tasks: Sequence[str]) -> list[int | None]:
+        """For each task the row of the merge that brought it."""
+        return _learned(tasks, self.merges, self.learning)
 
 
 class SiteTraffic(Frozen):
@@ -187,7 +206,12 @@ class Results(Frozen):
 
     def learned(self, rule: str) -> list[int | None]:
         """For each task the row of the merge that brought it, under one rule."""
-        return metrics.learned_by(self.tasks, [merge.task for merge in self.rules[rule].merges])
+        return self.rules[rule].learned(self.tasks)
+
+    def brought(self, rule: str) -> list[str]:
+        """What each merge of a rule brought, in words."""
+        result = self.rules[rule]
+        return ["all tasks" if result.joint else merge.task for merge in result.merges]
 
     def final(self, rule: str) -> list[float | None]:
         """The accuracy of each task after the last merge, in the order of ``tasks``."""
@@ -222,6 +246,14 @@ class Results(Frozen):
                         f"{len(row)} entries for {len(self.tasks)} tasks"
                     )
         return self
+
+
+def _learned(
+    tasks: Sequence[str], merges: Sequence[MergeRow], learning: Learning | None
+) -> list[int | None]:
+    if learning is not None and learning.joint:
+        return [0 if merges else None] * len(tasks)
+    return metrics.learned_by(tasks, [merge.task for merge in merges])
 
 
 def save(results: Results, folder: Path | str) -> Path:

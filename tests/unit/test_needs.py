@@ -20,6 +20,7 @@ from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.deploy.streams.example import build_model
 from fedmerge.server import app as server
+from fedmerge.server.learning import Teaching
 from fedmerge.server.merge import RULES
 from fedmerge.server.merge.average import Average
 from fedmerge.server.merge.rule import ALONE
@@ -187,7 +188,7 @@ def test_a_server_in_serving_mode_asks_too_and_a_kept_result_brings_them(tmp_pat
         bench.history,
         tmp_path / "server",
         clock=bench.clock,
-        needs=["second_moment"],
+        teaching=Teaching(needs=["second_moment"]),
     )
     bench.join(11, "a", "plain")
     bench.until(bench.learned)
