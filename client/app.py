@@ -224,7 +224,9 @@ def _train(config: SiteConfig, label: str, content: RecordDict, memory: SiteMemo
         result = state.result(job.task, key)
         if result is None:
             memory = state.memory()
-            checkpoint = RunCheckpoint(state.folder / "run", key)
+            started = state.held.model if job.held else ""
+            about = f"{key} {started} {__version__} {torch.__version__}"
+            checkpoint = RunCheckpoint(state.folder / "run", about)
             sent = _learned(config, label, job, content, memory, checkpoint)
             state.remember(memory)
             result = state.keep(
@@ -364,9 +366,10 @@ def _correct(config: SiteConfig, label: str, content: RecordDict, memory: SiteMe
 
 
 def _key(config: SiteConfig, job: TrainJob) -> str:
-    """A hash of what a training depends on: the request, and where the data come from."""
+    """A hash of what a result depends on: the request, where the data come from, and what is done to them."""
     asked = {k: v for k, v in asdict(job).items() if k not in ("keep", "message_bytes", "range_bytes")}
-    told = json.dumps([asked, config.stream, config.seed, config.rows], sort_keys=True)
+    privacy = None if config.privacy is None else config.privacy.model_dump(mode="json")
+    told = json.dumps([asked, config.stream, config.seed, config.rows, privacy], sort_keys=True)
     return sha256(told.encode()).hexdigest()
 
 

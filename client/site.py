@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedmerge.client.correction import CorrectionReport, correct
+from fedmerge.client.fitting import check_fit, fit
 from fedmerge.client.joint import joined
 from fedmerge.client.linearised import linearised
 from fedmerge.client.loading import load_stream
@@ -20,7 +21,7 @@ from fedmerge.client.resume import RunCheckpoint
 from fedmerge.client.sharing import share
 from fedmerge.client.statistics import Measured, check_needs, measure, second_moments
 from fedmerge.client.tasks import Stream, StreamOptions, Task, TrainingConfig
-from fedmerge.client.training import OnStep, TrainingReport, fine_tune, score
+from fedmerge.client.training import OnStep, TrainingReport, fine_tune, score, settled
 from fedmerge.common.base import Base
 from fedmerge.common.checkpoint import Checkpoint
 from fedmerge.common.config import listed
@@ -82,12 +83,13 @@ class Site:
             memory, checkpoint: as for :func:`~fedmerge.client.training.fine_tune`.
 
         Raises:
-            ConfigError: a statistic that is not known or cannot be had from this training, or a number in
-                the settings out of range.
+            ConfigError: a statistic that is not known or cannot be had from this training, a number in the
+                settings out of range, or what a task's own training function cannot do.
             NonFinite: training diverged, or statistics came out NaN or infinite.
         """
         check_needs(needs)
         training = self._with_heads(training or PLAIN)
+        check_fit([task, *also], training, needs)
         started, moments = self._start(origin), dict[str, Tensor]()
 
         def keep_moments(optimizer: Optimizer) -> None:
@@ -95,20 +97,24 @@ class Site:
                 moments.update(second_moments(self.model, optimizer))
 
         learned = joined([task, *also])
-        report = fine_tune(
-            self.model,
-            learned,
-            self._config(1 + len(also)),
-            seed,
-            on_step,
-            device,
-            keep_moments,
-            training=training,
-            base=self._weights() if training.tangent is not None else None,
-            bases=bases,
-            memory=memory,
-            checkpoint=checkpoint,
-        )
+        config = self._config(1 + len(also))
+        if learned.fit is not None:
+            report = fit(self.model, learned, settled(config, training.loop), seed, device)
+        else:
+            report = fine_tune(
+                self.model,
+                learned,
+                config,
+                seed,
+                on_step,
+                device,
+                keep_moments,
+                training=training,
+                base=self._weights() if training.tangent is not None else None,
+                bases=bases,
+                memory=memory,
+                checkpoint=checkpoint,
+            )
         manifest = Manifest(self.base.fingerprint, origin_version, task.name, site, report.examples)
         vector = self._moved(started, report, manifest)
         if from_base and origin is not None:

@@ -67,6 +67,8 @@ class Task:
             as accuracy. Called without gradients and in evaluation mode.
         collate: examples to a batch; torch's default when None.
         labels: one label per training example, for label-skewed partitions over sites; optional.
+        fit: ``(model, task, config, seed)`` trains the model in place, instead of our loop; see
+            :mod:`fedmerge.client.fitting`.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Task:
     metric: Callable[[nn.Module, Batch], Tensor]
     collate: Callable[[list[Any]], Batch] | None = None
     labels: Sequence[int] | None = None
+    fit: Callable[[nn.Module, Task, TrainingConfig, int], None] | None = None
 
 
 def length(rows: Dataset[Any]) -> int:

@@ -44,7 +44,7 @@ class TrainingReport:
     """What one fine-tuning run did.
 
     Attributes:
-        steps: optimizer steps taken.
+        steps: optimizer steps taken; 0 where a task trains with a function of its own.
         examples: distinct training examples that it trained on, however often each was seen.
         final_loss: loss of the last step, before it.
         mean_loss: mean of the losses over all steps.
@@ -107,11 +107,11 @@ def fine_tune(
     training = training or LocalTraining()
     config = settled(config, training.loop)
     place = place_of(device)
-    _check_training(task, config, place)
+    check_training(task, config, place)
     rows, held_out = _rows(task, training.stop, seed)
     with left_as_found(model), seeded(seed, place):
         model.to(place).train()
-        trained = _freeze(model, config)
+        trained = freeze(model, config)
         run = Run(
             model=model,
             trained=trained,
@@ -122,7 +122,7 @@ def fine_tune(
             base=base or {},
             bases=bases or {},
             memory={} if memory is None else memory,
-            held_out_loss=partial(_mean_loss, model, task, held_out, config.eval_batch_size, place),
+            held_out_loss=partial(mean_loss, model, task, held_out, config.eval_batch_size, place),
         )
         options = options_of(training, run)
         with ExitStack() as stack:
@@ -212,10 +212,10 @@ def _go(loop: TrainingLoop, on_step: OnStep | None, checkpoint: RunCheckpoint | 
 
 
 @torch.no_grad()
-def _mean_loss(
+def mean_loss(
     model: nn.Module, task: Task, rows: Sequence[int], batch_size: int, place: torch.device
 ) -> float:
-    """Mean loss over these training examples, in evaluation mode; the modes are restored."""
+    """Mean of ``task.loss`` over these training examples, in evaluation mode; the modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     total = 0.0
@@ -227,8 +227,12 @@ def _mean_loss(
     return total / len(rows)
 
 
-def _freeze(model: nn.Module, config: TrainingConfig) -> dict[str, nn.Parameter]:
-    """Switches gradients off for frozen parameters; returns those still trained, by name."""
+def freeze(model: nn.Module, config: TrainingConfig) -> dict[str, nn.Parameter]:
+    """Switches gradients off for frozen parameters; returns those still trained, by name.
+
+    Raises:
+        ConfigError: nothing is left to train.
+    """
     for name, parameter in model.named_parameters():
         if matches(name, config.frozen):
             parameter.requires_grad_(False)
@@ -238,7 +242,12 @@ def _freeze(model: nn.Module, config: TrainingConfig) -> dict[str, nn.Parameter]
     return trained
 
 
-def _check_training(task: Task, config: TrainingConfig, place: torch.device) -> None:
+def check_training(task: Task, config: TrainingConfig, place: torch.device) -> None:
+    """Refuses a task without training examples, and settings out of range.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
     where = f"task {task.name!r}"
     if not length(task.train):
         raise ConfigError("no training examples", where=where, wanted="at least 1")

@@ -14,6 +14,7 @@ from fedmerge.client.state import SiteState
 from fedmerge.common.base import Base
 from fedmerge.deploy.streams.example import build_model
 from fedmerge.server.history import Event, History
+from fedmerge.server.learning import NOTHING_MORE, Teaching
 from fedmerge.server.peers import ServingSettings
 from fedmerge.server.serving import Serving
 
@@ -32,8 +33,10 @@ class Bench:
         folder: of the server; each site has ``folder / LABEL``. ``service``, ``clock``, ``grid``: as named.
     """
 
-    def __init__(self, folder: Path, *faults: Fault, **settings: object) -> None:
-        self.folder, self.clock = folder, FakeClock()
+    def __init__(
+        self, folder: Path, *faults: Fault, teaching: Teaching = NOTHING_MORE, **settings: object
+    ) -> None:
+        self.folder, self.clock, self._teaching = folder, FakeClock(), teaching
         self.service = FakeService(base().fingerprint)
         self.grid = LocalGrid({}, faults, clock=self.clock)
         self.settings = ServingSettings(**{"evaluate": False, **settings})
@@ -50,6 +53,7 @@ class Bench:
             self.history,
             self.folder / "server",
             clock=self.clock,
+            teaching=self._teaching,
         )
         return self.server
 

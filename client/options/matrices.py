@@ -10,22 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge.client.options.option import Run
-from fedmerge.common.errors import ConfigError
 from fedmerge.common.layers import LayerKind, kinds_from_model
 
 
 def matrices(run: Run) -> dict[str, nn.Parameter]:
-    """The trained weights of linear and convolution layers, by name; ``flatten(1)`` makes them (M, N).
-
-    Raises:
-        ConfigError: layers are trained through adapters.
-    """
-    if run.adapters:
-        raise ConfigError(
-            "LoRA goes with no option that trains a layer's weights within a subspace",
-            layer=next(iter(run.adapters)),
-            do="Leave out lora, or osft, coso and project.",
-        )
+    """The trained weights of linear and convolution layers, by name; ``flatten(1)`` makes them (M, N)."""
     kinds = kinds_from_model(run.model)
     return {name: weight for name, weight in run.whole.items() if kinds.get(name) is LayerKind.MATRIX}
 

@@ -137,5 +137,7 @@ def _node_config(config: ClientConfig) -> str:
         "threads": site.threads,
         "state": str(site.state / "site"),
     }
+    if config.privacy is not None:
+        settings |= {f"privacy.{key}": value for key, value in config.privacy.model_dump().items()}
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if value is not None]
     return "\n".join(lines) + "\n"

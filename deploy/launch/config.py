@@ -29,6 +29,7 @@ from fedmerge.common.errors import ConfigError, FileError
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.logs import Form, Level
 from fedmerge.common.names import SITE_NAME
+from fedmerge.common.privacy import Privacy
 from fedmerge.common.tls import TlsFiles, is_loopback
 from fedmerge.common.training import LocalTraining
 from fedmerge.server.admission import Limits
@@ -303,10 +304,11 @@ class ClientTls(Section):
 
 
 class ClientConfig(Section):
-    """``client.toml``."""
+    """``client.toml``. ``privacy``: what is done to an update before it is sent; without it, nothing."""
 
     site: Site
     server: ServerAddress
+    privacy: Privacy | None = None
     tls: ClientTls | None = None
     log: Log = Log()
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 
 from fedmerge.deploy.report import metrics
-from fedmerge.deploy.report.results import MergeRow, Results
+from fedmerge.deploy.report.results import Results
+
+LineStyle = Literal["-", "--", ":"]
 
 COLOURS = (
     "#0072B2",
@@ -45,6 +45,11 @@ WIDTH = 10.5  # inches; the report's column
 MAX_NAME = 18  # letters of a task's or site's name in a figure
 MAX_BARS_IN_A_ROW = 48
 LEGEND_LINE = 0.21  # inches
+BOUNDS: tuple[tuple[str, str, LineStyle, LineStyle], ...] = (
+    ("fine-tuned alone", "fine_tuned", "--", "-"),
+    ("base, zero-shot", "zero_shot", ":", ":"),
+)
+"""Name in a figure, field of the results, line over merges, mark of a single task."""
 
 
 @dataclass(frozen=True)
@@ -77,69 +82,33 @@ def short(name: str, letters: int = MAX_NAME) -> str:
     return name.replace("$", r"\$")
 
 
-def accuracy_matrix(results: Results, rule: str) -> Figure:
-    """Heat map of one rule: task by column, merge by row, base on top, fine-tuned at the bottom.
-
-    Every rule has the same colours: from the lowest accuracy of a merged task under any rule, rounded
-    down to tens, to 100 %. A filled cell is a task that has been merged; a white cell with a grey
-    number is one that has not been yet; a hatched cell was not measured.
-    """
-    result, learned = results.rules[rule], results.learned(rule)
-    tasks, merges = len(results.tasks), len(result.merges)
-    cmap, scale = mpl.colormaps["viridis"].resampled(20), Normalize(_lowest_merged(results), 100)
-    figure = new_figure(max(4.8, 2.5 + 0.46 * tasks), 1.9 + 0.27 * (merges + 2))
-    ax = figure.add_subplot()
-
-    lines: list[tuple[float, str, Sequence[float | None], Sequence[bool]]] = []
-    lines.append((0, "base, zero-shot", [results.zero_shot.get(t) for t in results.tasks], [False] * tasks))
-    for merge, row in enumerate(result.accuracy):
-        seen = [at is not None and at <= merge for at in learned]
-        lines.append((merge + 1.3, f"{merge + 1}  {short(result.merges[merge].task)}", row, seen))
-    tuned = [results.fine_tuned.get(t) for t in results.tasks]
-    lines.append((merges + 1.6, "fine-tuned alone", tuned, [True] * tasks))
-    for top, _, line, filled in lines:
-        for column, accuracy in enumerate(line):
-            _cell(ax, column, top, _percent(accuracy), scale, cmap, seen=filled[column])
-
-    ax.set(xlim=(0, max(tasks, 1)), ylim=(merges + 2.6, 0), ylabel="after merge (number, task merged)")
-    ax.set_yticks([top + 0.5 for top, *_ in lines], [label for _, label, *_ in lines])
-    ax.set_xticks([n + 0.5 for n in range(tasks)], [short(t) for t in results.tasks], rotation=90)
-    ax.set_xlabel("task tested on, in order of arrival")
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    ax.set_title(f"{short(rule, 40)}", loc="left", weight="bold")
-    figure.colorbar(ScalarMappable(scale, cmap), ax=ax, label="accuracy (%)", pad=0.02, aspect=25)
-    return figure
-
-
 def accuracy_over_merges(results: Results) -> Figure:
     """The mean accuracy over the tasks merged so far, one line per rule, with both bounds dashed.
 
-    The bounds are means over the very same tasks as the rules' points, so they move with them.
+    The bounds, and a model that learned all tasks at once, are means over the very same tasks as the rules'
+    points, so they move with them.
     """
     figure = new_figure(WIDTH, 4.6)
     ax = figure.add_subplot()
-    longest = _longest(results)
     for rule, look in looks(results).items():
-        _line(ax, results.rules[rule].accuracy_so_far, look, short(rule, 26), factor=100)
-    if longest is not None:
-        learned, merges = results.learned(longest), len(results.rules[longest].merges)
-        for name, source, dash in (
-            ("fine-tuned alone", results.fine_tuned, "--"),
-            ("base, zero-shot", results.zero_shot, ":"),
-        ):
-            rows = [[source.get(task) for task in results.tasks]] * merges
-            bound = [_percent(a) for a in metrics.accuracy_so_far(rows, learned)]
-            places, heights = _points(bound)
-            if merges == 1:  # a line of one point is not seen
-                places, heights = [0.8, 1.2], heights * 2
-            ax.plot(places, heights, color=INK, linestyle=dash, linewidth=1.6, label=name)
+        reached = results.rules[rule].accuracy_so_far
+        if results.rules[rule].joint:
+            reached = _so_far(results, results.final(rule))
+        _line(ax, reached, look, short(rule, 26), factor=100)
+    for name, source, dash, _ in BOUNDS:
+        accuracies = getattr(results, source)
+        heights = [percentage(a) for a in _so_far(results, [accuracies.get(task) for task in results.tasks])]
+        if any(height is not None for height in heights):
+            places, drawn = _points(heights)
+            if len(places) == 1:  # a line of one point is not seen
+                places, drawn = [0.8, 1.2], drawn * 2
+            ax.plot(places, drawn, color=INK, linestyle=dash, linewidth=1.6, label=name)
     _merge_axis(ax, results)
     grid(ax, "y")
     ax.set_ylabel("mean accuracy over\nthe tasks merged so far (%)")
     low, high = ax.get_ylim()
     ax.set_ylim(max(low - 2, 0), min(high + 2, 100))
-    _legend_right(ax)
+    legend_right(ax)
     return figure
 
 
@@ -159,43 +128,11 @@ def final_accuracy(results: Results) -> Figure:
         for rule, look in rules.items()
     ]
     handles += [
-        Line2D([], [], color=INK, linewidth=1.6, label="fine-tuned alone"),
-        Line2D([], [], color=INK, linewidth=1.6, linestyle=":", label="base, zero-shot"),
+        Line2D([], [], color=INK, linewidth=1.6, linestyle=mark, label=name)
+        for name, source, _, mark in BOUNDS
+        if getattr(results, source)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)), frameon=False)
-    return figure
-
-
-def forgetting(results: Results) -> Figure:
-    """Heat map, rule by row and task by column: points lost since a task's best accuracy."""
-    lost = {
-        rule: [
-            _percent(f)
-            for f in metrics.forgetting_by_task(results.rules[rule].accuracy, results.learned(rule))
-        ]
-        for rule in results.rules
-    }
-    bound = max((abs(f) for row in lost.values() for f in row if f is not None), default=1.0) or 1.0
-    cmap, scale = mpl.colormaps["PuOr_r"], Normalize(-bound, bound)
-    tasks = len(results.tasks)
-    figure = new_figure(min(WIDTH, max(5.5, 3 + 0.5 * (tasks + 1))), 2.1 + 0.3 * len(lost))
-    ax = figure.add_subplot()
-    for row, values in enumerate(lost.values()):
-        _cell(ax, tasks + 0.3, row, metrics.mean(values), scale, cmap, seen=True, digits=1)
-        for column, value in enumerate(values):
-            _cell(ax, column, row, value, scale, cmap, seen=True, digits=1)
-    ax.set(
-        xlim=(0, tasks + 1.3), ylim=(max(len(lost), 1), 0), xlabel="task, in order of arrival", ylabel="rule"
-    )
-    ax.set_yticks([n + 0.5 for n in range(len(lost))], [short(rule, 24) for rule in lost])
-    ax.set_xticks(
-        [*(n + 0.5 for n in range(tasks)), tasks + 0.8],
-        [*(short(t) for t in results.tasks), "mean"],
-        rotation=90,
-    )
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    figure.colorbar(ScalarMappable(scale, cmap), ax=ax, label="forgetting\n(points)", pad=0.02)
     return figure
 
 
@@ -206,15 +143,15 @@ def norms(results: Results) -> Figure:
     bottom = figure.add_subplot(2, 1, 2, sharex=top)
     shared = _same_updates(results)
     for rule, look in looks(results).items():
-        merges = results.rules[rule].merges
-        _line(top, [merge.merged_norm for merge in merges], look, short(rule, 26))
-        _line(bottom, [merge.lambda_t for merge in merges], look)
+        merges, late = results.rules[rule].merges, _late(results, rule)
+        _line(top, [*late, *(merge.merged_norm for merge in merges)], look, short(rule, 26))
+        _line(bottom, [*late, *(merge.lambda_t for merge in merges)], look)
         if not shared:
-            _crosses(top, merges, look.colour)
+            _crosses(top, [*late, *(merge.update_norm for merge in merges)], look.colour)
     if shared and (longest := _longest(results)) is not None:
-        _crosses(top, results.rules[longest].merges, INK)
+        _crosses(top, [merge.update_norm for merge in results.rules[longest].merges], INK)
     top.plot([], [], "x", color=INK, label="arriving task vector")
-    _legend_right(top)
+    legend_right(top)
     top.set_ylabel("Frobenius norm\n(weight units)")
     bottom.set_ylabel("lambda_t\n(no unit)")
     for ax in (top, bottom):
@@ -229,7 +166,7 @@ def norms(results: Results) -> Figure:
 def traffic(results: Results) -> Figure:
     """Bytes each site sent and received."""
     sites = results.sites_traffic
-    size, unit = _byte_unit([b for site in sites for b in (site.up_bytes, site.down_bytes)])
+    size, unit = byte_unit([b for site in sites for b in (site.up_bytes, site.down_bytes)])
     figure = new_figure(WIDTH, 1.3 + 0.36 * max(len(sites), 1))
     ax = figure.add_subplot()
     for offset, colour, name, sent in (
@@ -242,7 +179,7 @@ def traffic(results: Results) -> Figure:
     ax.set(xlabel=f"payload ({unit})", ylabel="site", ylim=(max(len(sites), 1) - 0.4, -0.6))
     ax.margins(x=0.1)
     grid(ax, "x")
-    _legend_right(ax)
+    legend_right(ax)
     return figure
 
 
@@ -269,7 +206,8 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def _percent(fraction: float | None) -> float | None:
+def percentage(fraction: float | None) -> float | None:
+    """A fraction in %."""
     return None if fraction is None else 100 * fraction
 
 
@@ -293,54 +231,8 @@ def _line(
     )
 
 
-def _crosses(ax: Axes, merges: Sequence[MergeRow], colour: str) -> None:
-    ax.plot(
-        *_points(merge.update_norm for merge in merges),
-        "x",
-        color=colour,
-        markersize=6,
-        markeredgewidth=1.6,
-        zorder=5,
-    )
-
-
-def _cell(
-    ax: Axes,
-    left: float,
-    top: float,
-    value: float | None,
-    scale: Normalize,
-    cmap: Colormap,
-    *,
-    seen: bool,
-    digits: int = 0,
-) -> None:
-    """One cell of a heat map: filled when ``seen``, else white; hatched when there is no value."""
-    face = to_rgba("white" if value is None or not seen else cmap(float(scale(value))))
-    ax.add_patch(
-        Rectangle(
-            (left, top),
-            1,
-            1,
-            facecolor=WASH if value is None else face,
-            edgecolor=PALE if value is None or not seen else "white",
-            linewidth=0.8,
-            hatch="////" if value is None else None,
-        )
-    )
-    if value is None:
-        return
-    red, green, blue, _ = face
-    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.45
-    ax.text(
-        left + 0.5,
-        top + 0.52,
-        f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−"),  # noqa: RUF001  (a minus sign)
-        ha="center",
-        va="center",
-        fontsize=8,
-        color="white" if dark else INK if seen else GREY,
-    )
+def _crosses(ax: Axes, norms: Sequence[float | None], colour: str) -> None:
+    ax.plot(*_points(norms), "x", color=colour, markersize=6, markeredgewidth=1.6, zorder=5)
 
 
 def _task_bars(ax: Axes, results: Results, part: range, across: int) -> None:
@@ -349,7 +241,7 @@ def _task_bars(ax: Axes, results: Results, part: range, across: int) -> None:
     width = 0.8 / max(len(rules), 1)
     finals = {rule: results.final(rule) for rule in rules}
     for place, (rule, look) in enumerate(rules.items()):
-        heights = [_percent(finals[rule][task]) or 0 for task in part]
+        heights = [percentage(finals[rule][task]) or 0 for task in part]
         places = [n - 0.4 + (place + 0.5) * width for n in range(len(part))]
         ax.bar(
             places, heights, width * 0.94, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0
@@ -358,10 +250,10 @@ def _task_bars(ax: Axes, results: Results, part: range, across: int) -> None:
             if finals[rule][task] is None:
                 ax.text(x, 1, "n/a", ha="center", va="bottom", fontsize=7, color=GREY, rotation=90)
     for n, task in enumerate(part):
-        for source, dash in ((results.fine_tuned, "-"), (results.zero_shot, ":")):
-            bound = _percent(source.get(results.tasks[task]))
+        for _, source, _, mark in BOUNDS:
+            bound = percentage(getattr(results, source).get(results.tasks[task]))
             if bound is not None:
-                ax.plot([n - 0.45, n + 0.45], [bound, bound], color=INK, linewidth=1.6, linestyle=dash)
+                ax.plot([n - 0.45, n + 0.45], [bound, bound], color=INK, linewidth=1.6, linestyle=mark)
     crowded = across > 8
     ax.set_xticks(
         range(len(part)),
@@ -378,10 +270,10 @@ def _task_bars(ax: Axes, results: Results, part: range, across: int) -> None:
 def _merge_axis(ax: Axes, results: Results) -> None:
     """Merges on the x axis, numbered from 1, with the task that each brought."""
     longest = _longest(results)
-    merges = results.rules[longest].merges if longest is not None else []
+    merges = results.brought(longest) if longest is not None else []
     ax.set_xticks(
         range(1, len(merges) + 1),
-        [f"{n}  {short(merge.task)}" for n, merge in enumerate(merges, start=1)],
+        [f"{n}  {short(merge)}" for n, merge in enumerate(merges, start=1)],
         rotation=35,
         ha="right",
         rotation_mode="anchor",
@@ -394,14 +286,21 @@ def _longest(results: Results) -> str | None:
     return max(results.rules, key=lambda rule: len(results.rules[rule].merges), default=None)
 
 
-def _lowest_merged(results: Results) -> float:
-    """The lowest accuracy of a merged task under any rule or fine-tuned alone, in %, in tens; 90 at most."""
-    merged = [a for a in results.fine_tuned.values() if a is not None]
-    for rule, result in results.rules.items():
-        for task, row in enumerate(results.learned(rule)):
-            seen = result.accuracy[row:] if row is not None else []
-            merged += [a for line in seen if (a := line[task]) is not None]
-    return min(10.0 * math.floor(10 * min(merged, default=0.0)), 90.0)
+def _so_far(results: Results, accuracies: Sequence[float | None]) -> list[float | None]:
+    """The mean of accuracies that do not change, over the tasks merged so far, after each merge."""
+    longest = _longest(results)
+    if longest is None:
+        return []
+    rows = [accuracies] * len(results.rules[longest].merges)
+    return metrics.accuracy_so_far(rows, results.learned(longest))
+
+
+def _late(results: Results, rule: str) -> list[float | None]:
+    """What stands before the one merge of a rule that learned all tasks at once: it is drawn at the last."""
+    longest = _longest(results)
+    if longest is None or not results.rules[rule].joint:
+        return []
+    return [None] * (len(results.rules[longest].merges) - 1)
 
 
 def _same_updates(results: Results) -> bool:
@@ -411,11 +310,12 @@ def _same_updates(results: Results) -> bool:
     return all(
         math.isclose(merge.update_norm, norm, rel_tol=1e-6)
         for result in results.rules.values()
+        if not result.joint
         for merge, norm in zip(result.merges, wanted, strict=False)
     )
 
 
-def _byte_unit(sizes: Sequence[int]) -> tuple[float, str]:
+def byte_unit(sizes: Sequence[float]) -> tuple[float, str]:
     """The decimal unit in which the largest of some sizes has one to three digits before the point."""
     largest = max(sizes, default=0)
     return next(
@@ -430,7 +330,7 @@ def grid(ax: Axes, axis: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _legend_right(ax: Axes) -> None:
+def legend_right(ax: Axes) -> None:
     """What is drawn in these axes, beside the whole figure, which grows where that is long."""
     figure, (handles, labels) = ax.figure, ax.get_legend_handles_labels()
     assert isinstance(figure, Figure)

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmerge.deploy.report import leaderboard_figures as figures
-from fedmerge.deploy.report.console import percent
 from fedmerge.deploy.report.leaderboard import Leaderboard
 from fedmerge.deploy.report.page import SVG_STYLE, Drawn, as_svg, templates
 from fedmerge.deploy.report.standings import YARDSTICK, Standing, bounds, overall, standings_of
+from fedmerge.deploy.report.words import percent
 
 DASH = "–"  # noqa: RUF001
 

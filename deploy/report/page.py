@@ -13,9 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from fedmerge.deploy.report import figures, metrics
-from fedmerge.deploy.report.console import by_acc, mean_seconds_per_merge, percent
+from fedmerge.deploy.report import figures, heatmaps, metrics
+from fedmerge.deploy.report.bytes_figure import accuracy_against_bytes, points
+from fedmerge.deploy.report.console import by_acc, mean_seconds_per_merge
+from fedmerge.deploy.report.learning import ceilings, epsilons, noun, spent, ways
 from fedmerge.deploy.report.results import Results
+from fedmerge.deploy.report.summary import summary
+from fedmerge.deploy.report.words import count, format_bytes, percent, seconds
 
 SVG_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
@@ -41,9 +45,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class RuleLine:
-    """One line of the key table, ready to print."""
+    """One line of the key table, ready to print; ``joint``: all tasks learned at once, a bound."""
 
     rule: str
+    joint: bool
     colour: str
     acc: str
     error: str
@@ -70,8 +75,14 @@ def render(results: Results) -> str:
         .get_template("report.html.j2")
         .render(
             results=results,
+            noun=noun(results),
             summary=summary(results),
             lines=_rule_lines(results),
+            ceilings=ceilings(results),
+            ways=ways(results),
+            compressed=any(way.compress != "none" for way in ways(results)),
+            epsilons=epsilons(results),
+            spent=spent(results),
             left_out=_left_out(results),
             matrices=_matrices(results),
             drawn=_figures(results),
@@ -93,127 +104,26 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        {"percent": percent, "bytes": format_bytes, "seconds": lambda s: "–" if s is None else f"{s:,.2f}"}  # noqa: RUF001
-    )
+    environment.filters.update({"percent": percent, "bytes": format_bytes, "seconds": seconds})
     return environment
-
-
-def summary(results: Results) -> str:
-    """The run in one paragraph of plain words, every number of it from the results."""
-    sentences = [_what_ran(results), *_who_won(results), *_what_was_lost(results), _what_was_sent(results)]
-    if results.failures:
-        sentences.append(f"{_count(len(results.failures), 'failure')} on the way: see the list below.")
-    return " ".join(sentences)
-
-
-def format_bytes(size: int) -> str:
-    """A size in decimal units, three digits or so: 1.41 GB, 91.2 MB."""
-    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= factor:
-            return f"{size / factor:,.{2 if size < 10 * factor else 1}f} {unit}"
-    return f"{size} B"
-
-
-def _what_ran(results: Results) -> str:
-    tasks = len(results.tasks)
-    return (
-        f"On the stream {results.stream}, {_count(results.sites, 'site')} learned {_count(tasks, 'task')}, "
-        f"and the server merged what arrived into one model under {_count(len(results.rules), 'rule')}."
-    )
-
-
-def _who_won(results: Results) -> list[str]:
-    ranked = [rule for rule in by_acc(results) if results.rules[rule].acc is not None]
-    if not ranked:
-        return ["No rule got as far as a measured merge."]
-    first, acc = ranked[0], results.rules[ranked[0]].acc or 0.0
-    sentence = f"{first} ended with a mean accuracy of {percent(acc)} %"
-    if len(ranked) > 1:
-        second = results.rules[ranked[1]].acc or 0.0
-        lead = percent(acc - second)
-        sentence = (
-            f"{first} and {ranked[1]} ended level and highest, at {percent(acc)} %"
-            if lead == "0.0"
-            else f"{first} ended highest, with a mean accuracy of {percent(acc)} %, "
-            f"{_points(acc - second)} above {ranked[1]}"
-        )
-    bounds = []
-    zero = metrics.mean(results.zero_shot.get(task) for task in results.tasks)
-    tuned = metrics.mean(results.fine_tuned.get(task) for task in results.tasks)
-    if zero is not None:
-        bounds.append(f"the base reaches {percent(zero)} % without any training")
-    if tuned is not None:
-        bounds.append(f"models fine-tuned for one task each reach {percent(tuned)} %")
-    return [f"{sentence}; {' and '.join(bounds)}." if bounds else f"{sentence}."]
-
-
-def _what_was_lost(results: Results) -> list[str]:
-    """The worst single task overall, and under the rule that ended highest."""
-    lost = [
-        (value, task, rule)
-        for rule in by_acc(results)
-        for task, value in zip(
-            results.tasks,
-            metrics.forgetting_by_task(results.rules[rule].accuracy, results.learned(rule)),
-            strict=True,
-        )
-        if value is not None
-    ]
-    if not lost:
-        return ["Forgetting cannot be told, as no task was followed by another."]
-    most = max(lost)
-    if most[0] <= 0:
-        return ["No task lost accuracy to later merges."]
-    sentence = f"Forgotten most was {most[1]}: {_points(most[0])} below its best under {most[2]}"
-    first = by_acc(results)[0]
-    own = max((entry for entry in lost if entry[2] == first), default=most)
-    if own[2] != most[2]:
-        sentence += (
-            f"; under {first} the worst was {own[1]}, {_points(own[0])} below its best"
-            if own[0] > 0
-            else f"; under {first} no task lost accuracy"
-        )
-    return [f"{sentence}."]
-
-
-def _what_was_sent(results: Results) -> str:
-    up = sum(site.up_bytes for site in results.sites_traffic)
-    down = sum(site.down_bytes for site in results.sites_traffic)
-    extra = sum(site.statistics_bytes for site in results.sites_traffic)
-    share = f" ({format_bytes(extra)} of it statistics)" if extra else ""
-    return (
-        "Sites sent updates only, task vectors and their statistics, and no training data: "
-        f"{format_bytes(up)} up{share} and {format_bytes(down)} down in all."
-    )
-
-
-def _points(difference: float) -> str:
-    text = percent(difference)
-    return f"{text} {'point' if text == '1.0' else 'points'}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _rule_lines(results: Results) -> list[RuleLine]:
     looks = figures.looks(results)
     lines = []
     for rule in by_acc(results):
-        result, final = results.rules[rule], results.final(rule)
-        spent = mean_seconds_per_merge(result)
-        error = metrics.sampling_error(final, [results.test_examples.get(task, 0) for task in results.tasks])
+        result, error = results.rules[rule], results.sampling_error(rule)
         lines.append(
             RuleLine(
                 rule=rule,
+                joint=result.joint,
                 colour=looks[rule].colour,
                 acc=percent(result.acc),
                 error="" if error is None else f"± {percent(error)}",
                 bwt=percent(result.bwt, signed=True),
                 forgetting=percent(result.forgetting, signed=True),
-                seconds="–" if spent is None else f"{spent:.2f}",  # noqa: RUF001
-                state="–" if result.state_bytes is None else format_bytes(result.state_bytes),  # noqa: RUF001
+                seconds=seconds(mean_seconds_per_merge(result)),
+                state=format_bytes(result.state_bytes),
                 needs=", ".join(result.needs) or "nothing else",
                 options=", ".join(f"{key} = {value}" for key, value in result.options.items()) or "none",
             )
@@ -227,11 +137,11 @@ def _left_out(results: Results) -> list[str]:
     for rule in by_acc(results):
         counts = metrics.left_out(results.rules[rule].accuracy, results.learned(rule))
         named = zip(("ACC", "BWT", "forgetting"), counts, strict=True)
-        if gaps := ", ".join(f"{_count(count, 'task')} in {name}" for name, count in named if count):
+        if gaps := ", ".join(f"{count(tasks, 'task')} in {name}" for name, tasks in named if tasks):
             alike.setdefault(gaps, []).append(rule)
-    everywhere = len(results.rules) > 1
+    everyone = f"all {noun(results)}s"
     return [
-        f"{'all rules' if everywhere and len(rules) == len(results.rules) else ', '.join(rules)}: {gaps}"
+        f"{everyone if len(rules) == len(results.rules) > 1 else ', '.join(rules)}: {gaps}"
         for gaps, rules in alike.items()
     ]
 
@@ -240,7 +150,7 @@ def _matrices(results: Results) -> list[Drawn]:
     captions = {rule: f"Accuracy of every task after every merge under {rule}" for rule in by_acc(results)}
     with mpl.rc_context(SVG_STYLE):
         return [
-            as_svg(f"matrix-{n}", figures.accuracy_matrix(results, rule), caption)
+            as_svg(f"matrix-{n}", heatmaps.accuracy_matrix(results, rule), caption)
             for n, (rule, caption) in enumerate(captions.items(), start=1)
         ]
 
@@ -250,11 +160,14 @@ def _figures(results: Results) -> dict[str, Drawn]:
         drawn = [
             as_svg("acc", figures.accuracy_over_merges(results), "Mean accuracy over merges, by rule"),
             as_svg("final", figures.final_accuracy(results), "Final accuracy of each task, by rule"),
-            as_svg("forgetting", figures.forgetting(results), "Forgetting of each task, by rule"),
+            as_svg("forgetting", heatmaps.forgetting(results), "Forgetting of each task, by rule"),
             as_svg("norms", figures.norms(results), "Norms and lambda over merges, by rule"),
             as_svg("traffic", figures.traffic(results), "Bytes up and down, by site"),
             as_svg("seconds", figures.seconds(results), "Working seconds, by phase"),
         ]
+        if points(results):
+            title = f"Final accuracy against the bytes of an update, by {noun(results)}"
+            drawn.append(as_svg("bytes", accuracy_against_bytes(results), title))
     return {figure.name: figure for figure in drawn}
 
 

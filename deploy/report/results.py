@@ -213,6 +213,12 @@ class Results(Frozen):
         result = self.rules[rule]
         return ["all tasks" if result.joint else merge.task for merge in result.merges]
 
+    def sampling_error(self, rule: str) -> float | None:
+        """The standard error of a rule's ACC that comes from finite test sets."""
+        return metrics.sampling_error(
+            self.final(rule), [self.test_examples.get(task, 0) for task in self.tasks]
+        )
+
     def final(self, rule: str) -> list[float | None]:
         """The accuracy of each task after the last merge, in the order of ``tasks``."""
         accuracy = self.rules[rule].accuracy
@@ -248,9 +254,7 @@ class Results(Frozen):
         return self
 
 
-def _learned(
-    tasks: Sequence[str], merges: Sequence[MergeRow], learning: Learning | None
-) -> list[int | None]:
+def _learned(tasks: Sequence[str], merges: Sequence[MergeRow], learning: Learning | None) -> list[int | None]:
     if learning is not None and learning.joint:
         return [0 if merges else None] * len(tasks)
     return metrics.learned_by(tasks, [merge.task for merge in merges])

@@ -614,7 +614,10 @@ def test_parameters_that_were_not_trained_are_unchanged_and_nothing_is_told_of_t
     model[2].bias.requires_grad_(False)
     at = site_of(model, task := task_of(inputs(30, 3)))
     vector, _ = at.learn(task, seed=0, site="a", device="cpu", needs=[MOMENT])
-    assert (vector.unchanged, vector.names) == (("2.bias",), ("0.weight", "0.bias", "1.weight", "1.bias", "2.weight"))
+    assert (vector.unchanged, vector.names) == (
+        ("2.bias",),
+        ("0.weight", "0.bias", "1.weight", "1.bias", "2.weight"),
+    )
     assert not vector.statistics("2.bias")
     assert float(vector.statistics("2.weight")[MOMENT].sum()) > 0
 

@@ -160,6 +160,40 @@ def test_linearised_correction_falls_too():
     assert report.final_loss < 0.9 * report.first_loss
 
 
+def test_dropout_is_no_difference_between_models():
+    model = nn.Sequential(nn.Linear(3, 20), nn.Dropout(0.9), nn.Linear(20, 2))
+    _, report = corrected(
+        Correction(),
+        model=model,
+        merged=weights(model),
+        previous=weights(model),
+        layers=["2.weight"],
+        task=task(rows=8),
+    )
+    assert report.first_loss == 0
+
+
+def test_module_with_several_outputs_is_compared_by_the_first():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0]
+
+    models = [Attending() for _ in range(2)]
+    changes, report = corrected(
+        Correction(learning_rate=0.01, epochs=10, batch_size=20),
+        model=models[0],
+        merged=weights(models[0]),
+        previous=weights(models[1]),
+        layers=["attention.in_proj_weight"],
+    )
+    assert list(changes) == ["attention.in_proj_weight"]
+    assert report.final_loss < report.first_loss
+
+
 def test_same_seed_gives_same_bits():
     settings = Correction(learning_rate=0.01, batch_size=7)
     first, second, other = (corrected(settings, seed=seed)[0]["late.weight"] for seed in (1, 1, 2))

@@ -179,17 +179,7 @@ def test_a_site_that_does_not_know_a_statistic_says_so(monkeypatch):
 
 
 def test_a_server_in_serving_mode_asks_too_and_a_kept_result_brings_them(tmp_path):
-    bench = Bench(tmp_path)
-    bench.server = Serving(
-        bench.grid,
-        base().fingerprint,
-        bench.service,
-        bench.settings,
-        bench.history,
-        tmp_path / "server",
-        clock=bench.clock,
-        teaching=Teaching(needs=["second_moment"]),
-    )
+    bench = Bench(tmp_path, teaching=Teaching(needs=["second_moment"]))
     bench.join(11, "a", "plain")
     bench.until(bench.learned)
     assert [job.needs for job in jobs(bench.grid)] == [("second_moment",)]

@@ -162,8 +162,7 @@ def test_frozen_directions_hold_through_a_whole_run():
     assert float(moved.norm()) > 0.01
 
 
-@pytest.mark.parametrize("option", ["osft", "coso", "project"])
-def test_subspaces_of_layers_with_adapters_are_refused(option):
-    training = LocalTraining.chosen(["lora", option])
-    with pytest.raises(ConfigError, match="LoRA goes with no option that trains"):
-        fine_tune(Shapes(), task(), TrainingConfig(steps=1), seed=0, training=training)
+@pytest.mark.parametrize("option", ["tangent", "osft", "coso", "project"])
+def test_options_for_whole_weights_are_refused_beside_adapters(option):
+    with pytest.raises(ConfigError, match=f"{option} trains whole weights and lora does not"):
+        LocalTraining.chosen(["lora", option])

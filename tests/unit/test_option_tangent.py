@@ -5,15 +5,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from option_run import run_of
 from torch import nn
 from torch.utils import _pytree
 from torch.utils.data import TensorDataset
 
 from fedmerge.client.linearised import linearised
+from fedmerge.client.options.tangent import Linearisation
 from fedmerge.client.tasks import Task, TrainingConfig
 from fedmerge.client.training import fine_tune, score
 from fedmerge.common.errors import ConfigError
-from fedmerge.common.training import LocalTraining
+from fedmerge.common.training import LocalTraining, Tangent
 
 Pair = namedtuple("Pair", "first second")
 
@@ -101,7 +103,8 @@ def test_it_is_affine_in_the_weights(trained):
     zero, first, second, both, thrice = outputs
     torch.testing.assert_close(both - zero, first - zero + second - zero)
     torch.testing.assert_close(thrice - zero, 3 * (first - zero))
-    assert float((first - model(IDS)).detach().norm()) > 1e-3
+    assert float((first - zero).detach().norm()) > 1e-3
+    assert float((thrice - model(IDS)).detach().norm()) > 1e-3
 
 
 def test_gradients_are_those_of_the_linear_model_with_the_base_jacobian():
@@ -311,17 +314,34 @@ def test_step_of_a_run_from_elsewhere_is_that_of_the_linear_model():
         torch.testing.assert_close(parameter.detach(), start[name] - 0.1 * gradients[name])
 
 
-def test_run_whose_loss_goes_round_the_model_is_refused_at_its_first_step():
+def test_option_ends_with_its_run():
+    model = network()
+    with Linearisation(run_of(model, base=base_of(model)), Tangent()) as option:
+        assert "forward" in vars(model)
+        model(torch.zeros(1, 4))
+        option.after_backward()
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda m, x: m[2](torch.tanh(m[0](x))), "got 0"),
+        (lambda m, x: torch.tanh(x @ m[0].weight.T) @ m[2].weight.T, "never calls the model itself"),
+    ],
+    ids=["by its parts", "by its weights"],
+)
+def test_run_whose_loss_goes_round_the_model_is_refused_at_its_first_step(scores, message):
     model, told = network(), []
     base = base_of(model)
     rounds = Task(
         "round",
         points().train,
         points().test,
-        lambda m, b: nn.functional.cross_entropy(m[2](torch.tanh(m[0](b[0]))), b[1]),
+        lambda m, b: nn.functional.cross_entropy(scores(m, b[0]), b[1]),
         points().metric,
     )
-    with pytest.raises(ConfigError, match="got 0"):
+    with pytest.raises(ConfigError, match=message):
         fine_tune(
             model,
             rounds,
@@ -353,15 +373,3 @@ def test_linearised_training_runs_in_bf16(norm):
         )
     ends = [nn.utils.parameters_to_vector(model.parameters()).detach() for model in (exact, rough, normed())]
     assert 0 < float((ends[0] - ends[1]).norm()) < 0.05 * float((ends[0] - ends[2]).norm())
-
-
-def test_tangent_and_adapters_are_refused_together():
-    with pytest.raises(ConfigError, match="only weights of the base can be linearised"):
-        fine_tune(
-            network(),
-            points(),
-            CONFIG,
-            0,
-            training=LocalTraining.chosen(["lora", "tangent"]),
-            base=base_of(network()),
-        )

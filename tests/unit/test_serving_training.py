@@ -1,0 +1,162 @@
+"""Do sites of a serving server train as it asks, from where it asks, and go on after a stop?"""
+
+import pytest
+import torch
+from local_grid import ROWS, sent_vector
+from serving_bench import Bench, base
+
+from fedmerge.client.app import SiteConfig, make_client_app
+from fedmerge.client.memory import SiteMemory
+from fedmerge.client.site import Site, open_site, put
+from fedmerge.client.tasks import StreamOptions
+from fedmerge.common.privacy import Privacy
+from fedmerge.common.taskvector import LowRank
+from fedmerge.common.training import LocalTraining
+from fedmerge.common.vectorfile import load, save
+from fedmerge.server.learning import Teaching
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SHORT = {"loop": {"steps": 3}}
+
+
+def test_sites_train_and_compress_as_they_are_asked(tmp_path):
+    training = LocalTraining.chosen(["lora"], SHORT | {"lora": {"rank": 2, "targets": "2.weight"}})
+    bench = Bench(tmp_path, teaching=Teaching(training=training, compress="int8"))
+    bench.join(11, "a", "plain")
+    bench.until(bench.learned)
+    (reply,) = bench.grid.trained()
+    vector = sent_vector(reply)
+    assert vector.names == ("2.weight",)
+    assert isinstance(vector.read("2.weight"), LowRank)
+    assert vector.read("2.weight").rank == 2
+    assert reply.content.metric_records["metrics"]["cut"] > 0
+
+
+def learned_from(tmp_path, held: bool) -> tuple[Bench, torch.Tensor]:
+    """A site that holds a merged version and then learns; and what that version moved."""
+    teaching = Teaching(training=LocalTraining.chosen((), SHORT), held=held)
+    bench = Bench(tmp_path, teaching=teaching)
+    at = open_site("example", StreamOptions(0, ROWS))
+    merged, _ = at.learn(at.task("reversed", 0, 1, "iid", 0), seed=5, site="x", device="cpu")
+    state = bench.state("a")
+    save(merged, state.incoming)
+    state.install(state.incoming, number=4, model="m", dtype="f32")
+    bench.join(11, "a", "plain")
+    bench.until(bench.learned)
+    return bench, merged
+
+
+def test_a_site_may_start_from_the_version_it_holds_and_sends_what_is_beyond_the_base(tmp_path):
+    bench, merged = learned_from(tmp_path, held=True)
+    vector = sent_vector(bench.grid.trained()[0])
+    assert vector.manifest.origin_version == 4
+    at = open_site("example", StreamOptions(0, ROWS))
+    task = at.task("plain", 0, 1, "iid", 0)
+    training = LocalTraining.chosen((), SHORT)
+    at.learn(task, seed=0, site="a", origin=merged, device="cpu", training=training)
+    for name, weight in at.model.state_dict().items():
+        assert torch.allclose(base().read(name) + vector.read(name).to_dense(), weight, atol=1e-6)
+
+
+def test_a_site_that_is_not_asked_to_starts_from_the_base(tmp_path):
+    bench, _ = learned_from(tmp_path, held=False)
+    vector = sent_vector(bench.grid.trained()[0])
+    at = open_site("example", StreamOptions(0, ROWS))
+    training = LocalTraining.chosen((), SHORT)
+    found, _ = at.learn(at.task("plain", 0, 1, "iid", 0), seed=0, site="a", device="cpu", training=training)
+    assert vector.manifest.origin_version == 0
+    assert all(torch.equal(vector.read(n).to_dense(), found.read(n).to_dense()) for n in found.names)
+
+
+def test_a_site_without_a_version_starts_from_the_base_when_asked_to_start_from_its_own(tmp_path):
+    bench = Bench(tmp_path, teaching=Teaching(training=LocalTraining.chosen((), SHORT), held=True))
+    bench.join(11, "a", "plain")
+    bench.until(bench.learned)
+    assert sent_vector(bench.grid.trained()[0]).manifest.origin_version == 0
+
+
+class Killed(BaseException):
+    """The client's process ends here."""
+
+
+def test_a_training_that_was_killed_goes_on_and_gives_the_same_bits(tmp_path, monkeypatch):
+    whole = Bench(tmp_path / "whole")
+    whole.join(11, "a", "plain")
+    whole.until(whole.learned)
+
+    learn, steps = Site.learn, []
+
+    def interrupted(self, *given, on_step, **named):
+        def stop(step, total, loss):
+            steps.append(step)
+            if len(steps) == 55:
+                raise Killed
+            on_step(step, total, loss)
+
+        return learn(self, *given, on_step=stop, **named)
+
+    monkeypatch.setattr(Site, "learn", interrupted)
+    bench = Bench(tmp_path / "broken")
+    bench.join(11, "a", "plain")
+    with pytest.raises(Killed):
+        bench.settle()
+    assert (bench.folder / "a" / "run" / "run.safetensors").is_file()
+    put(open_site("example", StreamOptions(0, ROWS)).model, {n: base().read(n) for n in base().layers})
+    bench.restart()
+    bench.until(bench.learned, steps=2000)
+    assert steps[55] == 51
+    assert not (bench.folder / "a" / "run" / "run.safetensors").exists()
+    first, second = (sent_vector(b.grid.trained()[-1]) for b in (whole, bench))
+    assert all(torch.equal(first.read(n).to_dense(), second.read(n).to_dense()) for n in first.names)
+
+
+def test_what_a_site_remembers_outlives_its_process(tmp_path):
+    bench = Bench(tmp_path)
+    state = bench.state("a")
+    assert state.memory() == SiteMemory()
+    memory = SiteMemory({"coso/0.weight": torch.eye(3)}, "opcm", "plain", 7)
+    state.remember(memory)
+    found = bench.state("a").memory()
+    assert torch.equal(found.tensors["coso/0.weight"], torch.eye(3))
+    assert (found.learning, found.task, found.releases) == ("opcm", "plain", 7)
+
+
+@pytest.mark.parametrize("name", ["memory.json", "memory.safetensors"])
+def test_a_damaged_memory_is_an_empty_one(tmp_path, name):
+    state = Bench(tmp_path).state("a")
+    state.remember(SiteMemory({"coso/0.weight": torch.eye(3)}, "opcm", "plain", 7))
+    (state.folder / name).write_bytes(b"{")
+    assert state.memory().tensors == {}
+
+
+def test_a_new_way_of_learning_begins_with_an_empty_memory_but_counts_on(tmp_path):
+    memory = SiteMemory({"coso/w": torch.eye(2), "compress/w": torch.ones(2)}, "fot", "plain", 3)
+    memory.begin("fot", "plain", 2)
+    assert set(memory.tensors) == {"coso/w", "compress/w"}
+    memory.begin("fot", "shuffled", 1)
+    assert set(memory.tensors) == {"coso/w"}
+    memory.begin("pm", "shuffled", 1)
+    assert (memory.tensors, memory.releases) == ({}, 3)
+
+
+def test_a_version_that_is_held_is_read_as_it_was_published(tmp_path):
+    bench, merged = learned_from(tmp_path, held=True)
+    kept = load(bench.state("a").merged)
+    assert all(torch.equal(kept.read(n).to_dense(), merged.read(n).to_dense()) for n in merged.names)
+
+
+def test_a_result_from_before_the_site_asked_for_privacy_is_not_sent(tmp_path):
+    bench = Bench(tmp_path, teaching=Teaching(training=LocalTraining.chosen((), SHORT)))
+    bench.join(11, "a", "plain")
+    bench.until(lambda: bench.grid.trained())
+    first = sent_vector(bench.grid.trained()[0])
+    later = Bench(tmp_path / "later", teaching=Teaching(training=LocalTraining.chosen((), SHORT)))
+    privacy = Privacy(clip=0.5, noise=0.0)
+    config = SiteConfig(
+        "example", "a", ("plain",), rows=ROWS, device="cpu", state=bench.folder / "a", privacy=privacy
+    )
+    later.grid.join(11, make_client_app(config))
+    later.until(later.learned)
+    second = sent_vector(later.grid.trained()[0])
+    assert second.norm() <= 0.5 < first.norm()
