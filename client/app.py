@@ -225,8 +225,8 @@ def _train(config: SiteConfig, label: str, content: RecordDict, memory: SiteMemo
         if result is None:
             memory = state.memory()
             started = state.held.model if job.held else ""
-            about = f"{key} {started} {__version__} {torch.__version__}"
-            checkpoint = RunCheckpoint(state.folder / "run", about)
+            words = f"{key} {started} {__version__} {torch.__version__}"
+            checkpoint = RunCheckpoint(state.folder / "run", words)
             sent = _learned(config, label, job, content, memory, checkpoint)
             state.remember(memory)
             result = state.keep(

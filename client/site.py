@@ -29,7 +29,7 @@ from fedmerge.common.layers import LayerKind
 from fedmerge.common.score import Score
 from fedmerge.common.statistics import Statistic, Statistics
 from fedmerge.common.taskvector import Manifest, TaskVector
-from fedmerge.common.training import PLAIN, Correction, LocalTraining, SketchSpec
+from fedmerge.common.training import PLAIN, Correction, LocalTraining, Loop, SketchSpec
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ class Site:
                 moments.update(second_moments(self.model, optimizer))
 
         learned = joined([task, *also])
-        config = self._config(1 + len(also))
+        config = self._config(training.loop, tasks=1 + len(also))
+        training = training.model_copy(update={"loop": Loop()})
         if learned.fit is not None:
-            report = fit(self.model, learned, settled(config, training.loop), seed, device)
+            report = fit(self.model, learned, config, seed, device)
         else:
             report = fine_tune(
                 self.model,
@@ -110,6 +111,7 @@ class Site:
                 device,
                 keep_moments,
                 training=training,
+                private=self.stream.private,
                 base=self._weights() if training.tangent is not None else None,
                 bases=bases,
                 memory=memory,
@@ -136,10 +138,10 @@ class Site:
         full = ",".join((*listed(training.lora.full), *self.stream.private))
         return training.model_copy(update={"lora": training.lora.model_copy(update={"full": full})})
 
-    def _config(self, tasks: int) -> TrainingConfig:
-        """The stream's settings for so many tasks at once."""
-        own = self.stream.training
-        return replace(own, steps=own.steps * tasks)
+    def _config(self, loop: Loop, tasks: int) -> TrainingConfig:
+        """The settings of a run over so many tasks at once; steps are meant for each."""
+        config = settled(self.stream.training, loop)
+        return replace(config, steps=config.steps * tasks)
 
     def _moved(self, started: Base, report: TrainingReport, manifest: Manifest) -> TaskVector:
         """What the model's weights are beyond those it started from, in memory."""

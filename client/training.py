@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -75,6 +75,7 @@ def fine_tune(
     on_finish: OnFinish | None = None,
     *,
     training: LocalTraining | None = None,
+    private: Iterable[str] = (),
     base: Mapping[str, Tensor] | None = None,
     bases: Mapping[str, Tensor] | None = None,
     memory: dict[str, Tensor] | None = None,
@@ -93,6 +94,7 @@ def fine_tune(
         device: ``auto`` (CUDA if there is one, else CPU) or a torch device.
         on_finish: what to keep of the optimizer; see :data:`OnFinish`.
         training: what departs from ``config`` and from the plain loop; nothing if None.
+        private: patterns of layers that are the task's own.
         base: the pretrained weights. ``bases``: input directions that the server protects, by layer.
         memory: what the options keep from run to run; changed in place.
         checkpoint: where the run's state is kept, for a restart. The call must be the same, with the weights
@@ -119,6 +121,7 @@ def fine_tune(
             steps=steps_of(config, len(rows)),
             generator=torch.Generator().manual_seed(seed + 1),
             start={name: p.detach().clone() for name, p in trained.items()} if training.options else {},
+            private=tuple(private),
             base=base or {},
             bases=bases or {},
             memory={} if memory is None else memory,

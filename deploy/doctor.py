@@ -9,16 +9,15 @@ import socket
 import sqlite3
 import ssl
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from cryptography import x509
 from rich.console import Console
@@ -34,13 +33,13 @@ from fedmerge.common.tls import (
     problems,
     read_certificate,
 )
+from fedmerge.deploy.checks import Check, Checks, Verdict
 from fedmerge.deploy.launch import ports
 from fedmerge.deploy.launch.config import ClientConfig, HostPort, ServerConfig, local
 from fedmerge.deploy.launch.explain import CAUSES, causes_of, explain
 
 logger = logging.getLogger("fedmerge.launch")
 
-Verdict = Literal["ok", "warn", "FAIL"]
 Config = TypeVar("Config", ServerConfig, ClientConfig)
 
 SOON = timedelta(days=30)
@@ -51,27 +50,6 @@ CLOCK_SECONDS, TOO_FAR_SECONDS = 30.0, 290.0
 
 ANSWER_SECONDS = 10.0
 LOG_LINES = 60
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at: what was found, and what to do unless it is ok."""
-
-    name: str
-    verdict: Verdict
-    found: str
-    do: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.found}. {self.do}".rstrip(". ")
-
-    @classmethod
-    def of(cls, name: str, error: FedmergeError) -> Check:
-        """A failure."""
-        return cls(name, "FAIL", str(error))
-
-
-Checks = Iterator[Check]
 
 
 def check_server(config: ServerConfig) -> list[Check]:
@@ -94,7 +72,16 @@ def check_server(config: ServerConfig) -> list[Check]:
 
 
 def check_client(config: ClientConfig) -> list[Check]:
-    """All checks of a site's side."""
+    """All checks of a site's side; if its tasks can be loaded, a rehearsal of its training is among them."""
+    from fedmerge.deploy.rehearsal import rehearsal
+
+    found = before_client(config)
+    loaded = any((check.name, check.verdict) == ("tasks", "ok") for check in found)
+    return [*found, *(rehearsal(config) if loaded else ()), *last_words(config.site.state, "supernode")]
+
+
+def before_client(config: ClientConfig) -> list[Check]:
+    """What a site checks before it starts."""
     every: list[Callable[[ClientConfig], Checks]] = [
         lambda _: versions("fedmerge", "flwr", "torch", "grpcio"),
         lambda config: folder("state folder", config.site.state),
@@ -103,7 +90,6 @@ def check_client(config: ClientConfig) -> list[Check]:
         lambda config: handshake("server", config.server.address, config.tls.ca if config.tls else None),
         client_port,
         device,
-        lambda config: last_words(config.site.state, "supernode"),
     ]
     return _all(every, config)
 
@@ -111,11 +97,6 @@ def check_client(config: ClientConfig) -> list[Check]:
 def before_server(config: ServerConfig) -> list[Check]:
     """What a server checks before it starts; the rest shows as it starts."""
     return _all([lambda c: folder("state folder", c.state.folder), server_certificates, site_keys], config)
-
-
-def before_client(config: ClientConfig) -> list[Check]:
-    """What a site checks before it starts."""
-    return check_client(config)[:-1]
 
 
 def report(checks: Iterable[Check], console: Console) -> int:

@@ -12,7 +12,7 @@ A rule with the cadence of a round takes in every round's vector; other rules th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,14 +34,14 @@ from fedmerge.server.admission import LIMITS, BaseNorms, Limits, admit, weight
 from fedmerge.server.combine import add_vectors, combine
 from fedmerge.server.correcting import Corrected, Correcting
 from fedmerge.server.history import History
-from fedmerge.server.layout import FederationConfig, Site, TaskRun, assign
+from fedmerge.server.layout import FederationConfig, Site, TaskRun, assign, check_layout
 from fedmerge.server.mailbox import Mailbox, Reply, Request
 from fedmerge.server.merge.rule import Cadence, Rule
 from fedmerge.server.model import GlobalModel
 from fedmerge.server.needs import check_needs
 from fedmerge.server.peers import reported
 from fedmerge.server.scoring import Scored, Scoring
-from fedmerge.server.standing import Checkpoints, MergedTask, Standing, layout_hash
+from fedmerge.server.standing import Checkpoints, Standing, layout_hash
 
 MOST_IDLE = 3
 """Rounds in a row that may bring nothing before a task that goes on from the merged model is given up."""
@@ -482,27 +482,18 @@ class Federation:
         """Writes down how far the run has come; ``run`` is the task under way, if its rounds count."""
         assert self._checkpoints is not None
         unscored = self._scoring.unscored
-        standing = Standing(
-            number=self._saved + 1,
-            layout=self._layout,
-            merged=[MergedTask(task=done.task, learned_by=done.learned_by) for done in self.merged],
-            passed=self._next,
-            round=run.round if run is not None else 1,
-            taught=run.learned_by if run is not None else [],
-            seconds=run.seconds if run is not None else 0.0,
-            scores=[
-                (rule, version, task, score.accuracy, score.examples)
-                for (rule, version, task), found in self.scores.items()
-                if version not in unscored
-                for score in found
-            ],
-            fine_tuned=[
-                (task, score.accuracy, score.examples)
-                for task, found in self.fine_tuned.items()
-                for score in found
-            ],
-            unscored=sorted(unscored),
-            events=self.history.events[self._first_event :],
+        events = self.history.events[self._first_event :]
+        self._saved += 1
+        standing = Standing.of(
+            self._saved,
+            self._layout,
+            self.merged,
+            self._next,
+            run,
+            self.scores,
+            self.fine_tuned,
+            unscored,
+            events,
         )
         published = {
             (version, rule): bytes(record["bytes"].data)
@@ -511,28 +502,13 @@ class Federation:
         }
         moved = run.moved if run is not None else None
         self._checkpoints.write(standing, self.base.fingerprint, self.models, moved, published)
-        self._saved = standing.number
 
     def _go_on_from(self, standing: Standing) -> None:
         """Takes over what an earlier process had done."""
         assert self._checkpoints is not None
-        by_task = {run.task: run for run in self.runs}
-        for done in standing.merged:
-            by_task[done.task].learned_by = done.learned_by
-            self.merged.append(by_task[done.task])
-        for run in self.runs[: standing.passed]:
-            run.closed = True
-        self._next, self._saved = standing.passed, standing.number
         moved = self._checkpoints.restore(standing, self.base.fingerprint, self.models)
-        if moved is not None:
-            run = self.runs[self._next]
-            run.round, run.moved, run.seconds = standing.round, moved, standing.seconds
-            run.taught = {site.node for site in run.sites if site.label in standing.taught}
-            run.learned_by = standing.taught
-        for rule, version, task, accuracy, examples in standing.scores:
-            self.scores.setdefault((rule, version, task), []).append(Score(accuracy, examples))
-        for task, accuracy, examples in standing.fine_tuned:
-            self.fine_tuned.setdefault(task, []).append(Score(accuracy, examples))
+        self.merged += standing.take_over(self.runs, moved, self.scores, self.fine_tuned)
+        self._next, self._saved = standing.passed, standing.number
         self.history.events[self._first_event :] = standing.events
         self.history.record("resumed", tasks=len(self.merged), round=standing.round)
         for version in standing.unscored:
@@ -554,27 +530,6 @@ class Federation:
 
     def _fail(self, site: str, task: str, phase: str, reason: str) -> None:
         self.history.record("failed", site=site, task=task, phase=phase, reason=reason)
-
-
-def check_layout(config: FederationConfig, rules: Sequence[Rule]) -> None:
-    """Refuses what does not go together.
-
-    Raises:
-        ConfigError: several rules though sites start from the merged model, of which there is one per rule; a
-            correction under a rule that cannot take it, or without a model before.
-    """
-    if config.start == "merged" and len(rules) != 1:
-        raise ConfigError(
-            "sites can start from one merged model only",
-            got=f"{len(rules)} rules",
-            wanted="one rule",
-            do="Run rules one by one, or let sites start from the base.",
-        )
-    if config.correction is not None and (config.start == "base" or not rules[0].steps):
-        raise ConfigError(
-            "a correction needs sites that start from the merged model, and a rule that takes steps",
-            got=f"start {config.start!r}, rule {rules[0].name!r}",
-        )
 
 
 def _content(job: TrainJob, records: Mapping[str, ArrayRecord]) -> RecordDict:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedmerge.common.config import Partition, Seed
+from fedmerge.common.errors import ConfigError
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.training import Correction, LocalTraining
 from fedmerge.server.admission import MAX_EXAMPLES
+from fedmerge.server.merge.rule import Rule
 from fedmerge.server.model import Version
 
 Positive = Annotated[int, Field(ge=1)]
@@ -131,3 +133,24 @@ def assign(config: FederationConfig, sites: Iterable[Site]) -> tuple[list[TaskRu
         first = turn * share % len(holders)
         runs.append(TaskRun(names[0], (holders[first:] + holders[:first])[:share], names[1:]))
     return runs, orphans
+
+
+def check_layout(config: FederationConfig, rules: Sequence[Rule]) -> None:
+    """Refuses what does not go together.
+
+    Raises:
+        ConfigError: several rules though sites start from the merged model, of which there is one per rule; a
+            correction under a rule that cannot take it, or without a model before.
+    """
+    if config.start == "merged" and len(rules) != 1:
+        raise ConfigError(
+            "sites can start from one merged model only",
+            got=f"{len(rules)} rules",
+            wanted="one rule",
+            do="Run rules one by one, or let sites start from the base.",
+        )
+    if config.correction is not None and (config.start == "base" or not rules[0].steps):
+        raise ConfigError(
+            "a correction needs sites that start from the merged model, and a rule that takes steps",
+            got=f"start {config.start!r}, rule {rules[0].name!r}",
+        )

@@ -14,7 +14,7 @@ What sites keep between rounds is theirs and is not here: error feedback begins 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -26,10 +26,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fedmerge.common import vectorfile
 from fedmerge.common.errors import MismatchError, StoreDamaged
 from fedmerge.common.hashing import hash_file
+from fedmerge.common.score import Score
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.writing import make_folder, replacing
 from fedmerge.server import snapshot
 from fedmerge.server.history import Event
+from fedmerge.server.layout import TaskRun
 from fedmerge.server.model import GlobalModel
 
 NAME = "standing.json"
@@ -70,6 +72,71 @@ class Standing(BaseModel):
     unscored: list[int]
     events: list[Event]
     files: dict[str, str] = {}
+
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        layout: str,
+        merged: Sequence[TaskRun],
+        passed: int,
+        run: TaskRun | None,
+        scores: Mapping[tuple[str, int, str], Sequence[Score]],
+        fine_tuned: Mapping[str, Sequence[Score]],
+        unscored: Collection[int],
+        events: list[Event],
+    ) -> Standing:
+        """How far a run has come; ``run`` is the task under way, if its rounds count."""
+        return cls(
+            number=number,
+            layout=layout,
+            merged=[MergedTask(task=done.task, learned_by=done.learned_by) for done in merged],
+            passed=passed,
+            round=run.round if run is not None else 1,
+            taught=run.learned_by if run is not None else [],
+            seconds=run.seconds if run is not None else 0.0,
+            scores=[
+                (rule, version, task, score.accuracy, score.examples)
+                for (rule, version, task), found in scores.items()
+                if version not in unscored
+                for score in found
+            ],
+            fine_tuned=[
+                (task, score.accuracy, score.examples)
+                for task, found in fine_tuned.items()
+                for score in found
+            ],
+            unscored=sorted(unscored),
+            events=events,
+        )
+
+    def take_over(
+        self,
+        runs: Sequence[TaskRun],
+        moved: TaskVector | None,
+        scores: dict[tuple[str, int, str], list[Score]],
+        fine_tuned: dict[str, list[Score]],
+    ) -> list[TaskRun]:
+        """Puts tasks and scores to where they were; returns the tasks that are merged.
+
+        Args:
+            moved: by the task under way.
+        """
+        by_task = {run.task: run for run in runs}
+        for done in self.merged:
+            by_task[done.task].learned_by = done.learned_by
+        for run in runs[: self.passed]:
+            run.closed = True
+        if moved is not None:
+            run = runs[self.passed]
+            run.round, run.moved, run.seconds = self.round, moved, self.seconds
+            run.taught = {site.node for site in run.sites if site.label in self.taught}
+            run.learned_by = self.taught
+        for rule, version, task, accuracy, examples in self.scores:
+            scores.setdefault((rule, version, task), []).append(Score(accuracy, examples))
+        for task, accuracy, examples in self.fine_tuned:
+            fine_tuned.setdefault(task, []).append(Score(accuracy, examples))
+        return [by_task[done.task] for done in self.merged]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ the order of the tasks' names. Clients keep what they send now, the trained weig
 ``arrays``, or send only what moved as ``task-vector``. They always start from the base: that is what the
 rules' papers measure task vectors from. ``result.arrays`` is the global model.
 
-A rule that needs statistics names them under ``needs`` in the config of a round; only clients that send
-``task-vector`` as the bytes of our file, as fedmerge's own ClientApp does, can bring them.
+A rule that needs statistics names them under ``needs`` in the config of a round, and says under ``sketch``
+how to sketch (JSON of a ``SketchSpec``) if sketches are among them. Only clients that send ``task-vector``
+as the bytes of our file, as fedmerge's own ClientApp does, can bring them.
 
 ``Strategy.start`` waits for all replies of a round; fedmerge's own ServerApp does not.
 """
@@ -48,7 +49,7 @@ from fedmerge.server.model import GlobalModel
 
 logger = logging.getLogger("fedmerge.server")
 
-TASK_KEY, NEEDS_KEY = "task", "needs"
+TASK_KEY, NEEDS_KEY, SKETCH_KEY = "task", "needs", "sketch"
 
 UNREADABLE = (TypeError, ValueError, RuntimeError, OSError, EOFError, SyntaxError, MemoryError, TokenError)
 """What NumPy and torch raise over bytes that are not an array of numbers."""
@@ -101,7 +102,9 @@ class ContinualMerging(Strategy):
         if self.model is None:
             self._register(arrays)
         assert self._origin is not None
-        needs = {NEEDS_KEY: sorted(self.rule.needs)} if self.rule.needs else {}
+        needs: dict[str, str | list[str]] = {NEEDS_KEY: sorted(self.rule.needs)} if self.rule.needs else {}
+        if (sketch := self.rule.asks()) is not None:
+            needs[SKETCH_KEY] = sketch.model_dump_json()
         told = ConfigRecord({**config, **needs, "server-round": server_round})
         content = RecordDict({"arrays": self._origin, "config": told})
         return [Message(content, node, MessageType.TRAIN) for node in self._nodes(grid)]

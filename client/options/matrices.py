@@ -14,8 +14,11 @@ from fedmerge.common.layers import LayerKind, kinds_from_model
 
 
 def matrices(run: Run) -> dict[str, nn.Parameter]:
-    """The trained weights of linear and convolution layers, by name; ``flatten(1)`` makes them (M, N)."""
-    kinds = kinds_from_model(run.model)
+    """The trained weights of linear and convolution layers, by name; ``flatten(1)`` makes them (M, N).
+
+    Those of a task's own head, which no other task has a part in, are not among them.
+    """
+    kinds = kinds_from_model(run.model, run.private)
     return {name: weight for name, weight in run.whole.items() if kinds.get(name) is LayerKind.MATRIX}
 
 

@@ -46,7 +46,7 @@ class Run:
         start: copies of the weights that the run starts from, by the names in ``trained``, on the device;
             nothing for parameters that an option has put there.
         adapters: by matrix layer, those that are trained in its place.
-        base: the pretrained weights by name, on the CPU.
+        private: patterns of layers that are the task's own. ``base``: the pretrained weights, on the CPU.
         bases: by matrix layer, orthonormal columns (N, K) of input directions that the server protects.
         memory: what this site keeps from run to run, by keys that begin with the option's name; float32, CPU.
         optimizer: of everything in ``trained``; made once the options are entered.
@@ -61,6 +61,7 @@ class Run:
     steps: int
     generator: torch.Generator
     start: Mapping[str, Tensor]
+    private: tuple[str, ...] = ()
     base: Mapping[str, Tensor] = field(default_factory=dict)
     bases: Mapping[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import threading
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 from fedmerge.common.errors import ConfigError, FedmergeError
 from fedmerge.common.writing import replacing
+from fedmerge.deploy.launch.apart import answer, tell
 from fedmerge.deploy.launch.config import ClientConfig, local
 from fedmerge.deploy.launch.explain import explain
 from fedmerge.deploy.launch.ports import wait_free
-from fedmerge.deploy.launch.processes import QUIET, Command, KeptRunning, executable, settle, until_told
+from fedmerge.deploy.launch.processes import Command, KeptRunning, executable, settle, until_told
 
 logger = logging.getLogger("fedmerge.launch")
 
 LOOK_SECONDS = 1.0
 PORT_SECONDS = 20.0
-PROBE_SECONDS = 600.0
+PROBE = timedelta(minutes=10)
 """A large model may have to come from a slow disk."""
 
 
@@ -83,23 +82,11 @@ def probe(config: ClientConfig) -> Found:
         ConfigError: it cannot be loaded, or a held task is not in it; says why.
     """
     site = config.site
-    script = "import sys; from fedmerge.deploy.launch.client import _probe; _probe(*sys.argv[1:])"
     options = json.dumps({"seed": site.seed, "rows": site.rows})
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", script, site.task, options],
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-            env={**os.environ, **QUIET},
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError("loading takes too long", where=site.task, got=f"{PROBE_SECONDS:.0f} s") from error
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ConfigError("the site's tasks cannot be loaded", where=site.task, got=said[-1])
-    found = json.loads(done.stdout.splitlines()[-1])
+    what = "the site's tasks cannot be loaded"
+    found = answer(
+        "fedmerge.deploy.launch.client:_probe", site.task, options, within=PROBE, what=what, where=site.task
+    )
     found["tasks"] = tuple(found["tasks"])
     missing = [task for task in site.held if task not in found["tasks"]]
     if missing:
@@ -113,7 +100,7 @@ def probe(config: ClientConfig) -> Found:
 
 
 def _probe(task: str, options: str) -> None:
-    """Prints what a stream is as one line of JSON; ends with a line on why it cannot be loaded."""
+    """Tells what a stream is; ends with a line on why it cannot be loaded."""
     from fedmerge.client.site import open_site
     from fedmerge.client.tasks import StreamOptions
 
@@ -122,7 +109,7 @@ def _probe(task: str, options: str) -> None:
     except FedmergeError as error:
         raise SystemExit(str(error)) from error
     parameters = sum(tensor.numel() for tensor in site.model.state_dict().values())
-    print(json.dumps(asdict(Found(site.stream.name, site.stream.tasks, site.base.fingerprint, parameters))))
+    tell(asdict(Found(site.stream.name, site.stream.tasks, site.base.fingerprint, parameters)))
 
 
 def _node_config(config: ClientConfig) -> str:

@@ -23,7 +23,7 @@ from fedmerge.deploy.report.results import Results
 
 DIFFERENT = 1.01
 """The largest over the smallest from which on sizes are told apart."""
-ABOVE, BELOW = (0, 9), (0, -16)  # points
+ABOVE, BELOW = (7, 5), (7, -12)  # points, of a label beside its marker
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def points(results: Results) -> list[Point]:
 def accuracy_against_bytes(results: Results) -> Figure:
     """Final mean accuracy by the size of an update; what stands further up and left is better.
 
-    A grey line joins the sizes of one method. The first two methods that come in several have them written
-    beside their points; in the legend all have.
+    A grey line joins the sizes of one method. Where only one comes in several, they stand beside its points;
+    otherwise the legend alone has them.
     """
     figure = new_figure(WIDTH, 4.2)
     ax = figure.add_subplot()
@@ -80,16 +80,11 @@ def accuracy_against_bytes(results: Results) -> Figure:
             label=short(point.name, 26),
         )
     several = [line for line in families.values() if len(line) > 1]
-    for line, offset in zip(several, (ABOVE, BELOW), strict=False):
-        for point in line:
-            ax.annotate(
-                short(point.compress),
-                (point.sent, point.acc),
-                offset,
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
+    for n, point in enumerate(several[0] if len(several) == 1 else []):
+        place = (point.sent, point.acc)
+        ax.annotate(
+            short(point.compress), place, (ABOVE, BELOW)[n % 2], textcoords="offset points", fontsize=8
+        )
     _byte_axis(ax, [point.sent for point in found])
     ax.set_ylabel("mean accuracy after\nthe last merge (%)")
     ax.margins(y=0.12)

@@ -13,11 +13,11 @@ from fedmerge.deploy.report.learning import Way, noun, spent, ways
 from fedmerge.deploy.report.results import Results, RuleResults
 from fedmerge.deploy.report.words import format_bytes, percent, seconds
 
-_NAME_WIDTH = 24  # letters of a rule's name
+_NAME_WIDTH = 28  # letters of a rule's name
 _TASK_WIDTH = 16
 _LEAST_WIDTH = 5  # of a column of accuracies, in letters
 _PADDING = 3  # of a column, its line included
-_BOUNDS_WIDTH = _TASK_WIDTH + 3 + 7 + 8 + 1  # the columns before the rules: task, base, alone, and the edge
+_BOUNDS_WIDTH = 7 + 8 + 1  # the columns base and alone, and the edge
 
 
 def print_summary(results: Results, console: Console) -> None:
@@ -31,7 +31,8 @@ def print_summary(results: Results, console: Console) -> None:
         console.print(_ways_table(told))
     if results.privacy is not None:
         console.print(Text(_privacy(results)))
-    for rules in _fitting(by_acc(results), console.width - _BOUNDS_WIDTH):
+    tasks = min(max(map(len, results.tasks), default=0), _TASK_WIDTH) + _PADDING
+    for rules in _fitting(by_acc(results), console.width - tasks - _BOUNDS_WIDTH):
         console.print(_tasks_table(results, rules))
     if results.failures:
         console.print(Text(f"{len(results.failures)} failed; see the report for where and why", style="red"))
@@ -68,13 +69,13 @@ def _ways_table(told: Sequence[Way]) -> Table:
     compressed = any(way.compress != "none" for way in told)
     table = Table(title="how each was learned")
     table.add_column("method", overflow="ellipsis", no_wrap=True, max_width=_NAME_WIDTH)
-    table.add_column("from, trained with")
-    for name in ("rounds", "sent each", *(["left out %"] if compressed else []), "at sites %"):
+    table.add_column("from, with")
+    for name in ("rounds", "sent", *(["cut %"] if compressed else []), "sites %"):
         table.add_column(name, justify="right")
     for way in told:
         table.add_row(
             Text(way.name),
-            Text("; ".join(filter(None, (way.start, way.trained)))),
+            Text(", ".join((way.start.removesuffix(" model"), *way.options))),
             f"{way.rounds} x {way.sites}",
             format_bytes(way.sent),
             *([percent(way.cut)] if compressed else []),

@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from fedmerge.deploy.report import metrics
+from fedmerge.deploy.report.learning import noun
 from fedmerge.deploy.report.results import Results
 
 LineStyle = Literal["-", "--", ":"]
@@ -107,7 +108,7 @@ def accuracy_over_merges(results: Results) -> Figure:
     grid(ax, "y")
     ax.set_ylabel("mean accuracy over\nthe tasks merged so far (%)")
     low, high = ax.get_ylim()
-    ax.set_ylim(max(low - 2, 0), min(high + 2, 100))
+    ax.set_ylim(max(low - 2, 0), min(high + 2, 101))
     legend_right(ax)
     return figure
 
@@ -192,7 +193,7 @@ def seconds(results: Results) -> Figure:
     ax.bar_label(bars, [f"{spent:,.1f}" for spent in phases.values()], padding=3)
     ax.set_yticks(range(len(phases)), [short(name, 26) for name in phases])
     ax.set(
-        xlabel="working time over all sites and rules (s)",
+        xlabel=f"working time over all sites and {noun(results)}s (s)",
         ylabel="phase",
         ylim=(max(len(phases), 1) - 0.4, -0.6),
     )

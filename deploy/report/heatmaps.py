@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 
 from fedmerge.deploy.report import metrics
 from fedmerge.deploy.report.figures import GREY, INK, PALE, WASH, WIDTH, new_figure, percentage, short
+from fedmerge.deploy.report.learning import noun
 from fedmerge.deploy.report.results import Results
 
 
@@ -72,7 +73,10 @@ def forgetting(results: Results) -> Figure:
         for column, value in enumerate(values):
             _cell(ax, column, row, value, scale, cmap, seen=True, digits=1)
     ax.set(
-        xlim=(0, tasks + 1.3), ylim=(max(len(lost), 1), 0), xlabel="task, in order of arrival", ylabel="rule"
+        xlim=(0, tasks + 1.3),
+        ylim=(max(len(lost), 1), 0),
+        xlabel="task, in order of arrival",
+        ylabel=noun(results),
     )
     ax.set_yticks([n + 0.5 for n in range(len(lost))], [short(rule, 24) for rule in lost])
     ax.set_xticks(

@@ -14,19 +14,23 @@ class Way:
     """How one method's sites learned, in words and numbers.
 
     Attributes:
+        family: the method's name without its way to compress.
         start: where each task's training began. ``rounds`` and ``sites``: per task, and asked in each.
         trained: options with their settings, and settings of the loop; empty where it was as the stream says.
+        options: their names alone.
         sent: bytes of an update, statistics and corrections included. ``statistics``: share of it.
         cut: mean norm of what compression left out, relative to the update's.
         at_sites: mean accuracy of the sites' own models.
     """
 
     name: str
+    family: str
     rule: str
     start: str
     rounds: int
     sites: int
     trained: str
+    options: tuple[str, ...]
     compress: str
     updates: int
     sent: float | None
@@ -91,6 +95,7 @@ def _epsilon(results: Results, value: float | None) -> str:
 def _way(name: str, learning: Learning) -> Way:
     return Way(
         name=name,
+        family=family(name, learning),
         rule=learning.rule,
         start="base, all tasks at once" if learning.joint else _START[learning.start],
         rounds=learning.rounds,
@@ -101,6 +106,7 @@ def _way(name: str, learning: Learning) -> Way:
                 *([_option("loop", learning.loop)] if learning.loop else []),
             ]
         ),
+        options=(*learning.training, *(["loop"] if learning.loop else [])),
         compress=learning.compress,
         updates=learning.updates,
         sent=per_update(learning),

@@ -1,5 +1,7 @@
 """Do the options osft and project keep every step within their subspace?"""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from option_run import MATRICES, Shapes, noisy_loss, run_of, stepped
@@ -166,3 +168,19 @@ def test_frozen_directions_hold_through_a_whole_run():
 def test_options_for_whole_weights_are_refused_beside_adapters(option):
     with pytest.raises(ConfigError, match=f"{option} trains whole weights and lora does not"):
         LocalTraining.chosen(["lora", option])
+
+
+@pytest.mark.parametrize("option", ["osft", "coso"])
+def test_a_tasks_own_head_trains_freely(option):
+    settings = {"osft": {"frozen": 0.9}, "coso": {"rank": 1}}[option]
+    training = LocalTraining.chosen([option], {option: settings})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 12), nn.ReLU(), nn.Linear(12, 20))
+    changes = {}
+    for private in ((), ("3.*",)):
+        copy = deepcopy(model)
+        config = TrainingConfig(steps=2, batch_size=4, learning_rate=0.01)
+        fine_tune(copy, task(), config, seed=0, device="cpu", training=training, private=private)
+        changes[private] = copy[3].weight.detach() - model[3].weight.detach()
+    rank = {private: int(torch.linalg.matrix_rank(moved, atol=1e-4)) for private, moved in changes.items()}
+    assert rank[()] <= 2 < rank["3.*",]
