@@ -167,7 +167,7 @@ def site_config(context: Context) -> SiteConfig:
         device=str(given.get("device", "auto")),
         threads=_whole(given, "threads") or 1,
         state=Path(state).expanduser() if state else None,
-        privacy=_privacy(given),
+        privacy=_privacy(context.node_config) or _privacy(context.run_config),  # never some of each
     )
 
 
@@ -282,6 +282,7 @@ def _learned(
         bases=wire.unpack_bases(content, where=where),
         private_seed=_private_seed(config, label, job),
         memory=memory.tensors,
+        ends_task=job.last,
         checkpoint=checkpoint,
     )
     numbers: dict[str, int | float] = {
@@ -289,7 +290,7 @@ def _learned(
         "train-loss": report.mean_loss,
         "train-seconds": report.seconds,
     }
-    if job.score:
+    if job.last:
         started = time.perf_counter()
         scores = site.score([task, *also], device=config.device, tangent=training.tangent is not None)
         numbers["score-seconds"] = time.perf_counter() - started

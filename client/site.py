@@ -65,6 +65,7 @@ class Site:
         bases: Mapping[str, Tensor] | None = None,
         private_seed: int | None = None,
         memory: dict[str, Tensor] | None = None,
+        ends_task: bool = True,
         checkpoint: RunCheckpoint | None = None,
     ) -> tuple[TaskVector, TrainingReport]:
         """Fine-tunes from the base plus ``origin`` and returns what moved.
@@ -80,7 +81,7 @@ class Site:
                 stream's number of steps is meant for each.
             sketch: how to sketch, where a sketch is needed; ``private_seed``: as for
                 :func:`~fedmerge.client.statistics.measure`. ``bases``: input directions that are protected.
-            memory, checkpoint: as for :func:`~fedmerge.client.training.fine_tune`.
+            memory, ends_task, checkpoint: as for :func:`~fedmerge.client.training.fine_tune`.
 
         Raises:
             ConfigError: a statistic that is not known or cannot be had from this training, a number in the
@@ -115,6 +116,7 @@ class Site:
                 base=self._weights() if training.tangent is not None else None,
                 bases=bases,
                 memory=memory,
+                ends_task=ends_task,
                 checkpoint=checkpoint,
             )
         manifest = Manifest(self.base.fingerprint, origin_version, task.name, site, report.examples)

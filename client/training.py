@@ -79,6 +79,7 @@ def fine_tune(
     base: Mapping[str, Tensor] | None = None,
     bases: Mapping[str, Tensor] | None = None,
     memory: dict[str, Tensor] | None = None,
+    ends_task: bool = True,
     checkpoint: RunCheckpoint | None = None,
 ) -> TrainingReport:
     """Trains ``model`` on ``task`` in place.
@@ -96,7 +97,8 @@ def fine_tune(
         training: what departs from ``config`` and from the plain loop; nothing if None.
         private: patterns of layers that are the task's own.
         base: the pretrained weights. ``bases``: input directions that the server protects, by layer.
-        memory: what the options keep from run to run; changed in place.
+        memory: what the options keep from run to run; changed in place. ``ends_task``: whether the run is the
+            last of its task, after which options remember it.
         checkpoint: where the run's state is kept, for a restart. The call must be the same, with the weights
             that the run started from. Numbers that a dataset draws other than from torch are not kept. It
             is the caller's to remove, once the result is safe.
@@ -125,6 +127,7 @@ def fine_tune(
             base=base or {},
             bases=bases or {},
             memory={} if memory is None else memory,
+            ends_task=ends_task,
             held_out_loss=partial(mean_loss, model, task, held_out, config.eval_batch_size, place),
         )
         options = options_of(training, run)

@@ -125,7 +125,8 @@ class TrainJob:
             of a ``SketchSpec``; empty unless a sketch is among them.
         also: further tasks to learn at the same time. ``training``: JSON of a ``LocalTraining``.
         compress: how the vector is made smaller, see ``fedmerge.common.compression``.
-        score: whether to score the fine-tuned model.
+        last: whether it is the task's last round: the fine-tuned model is scored then, and training options
+            remember the task.
         learning: of which way of learning, where a run has several; what a site keeps belongs to one.
         held: whether to start from the version that the site holds; the vector is from the base all the same.
     """
@@ -148,7 +149,7 @@ class TrainJob:
     also: tuple[str, ...] = ()
     training: str = ""
     compress: str = "none"
-    score: bool = True
+    last: bool = True
     learning: str = ""
     held: bool = False
 

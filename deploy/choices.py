@@ -61,7 +61,7 @@ def parse_methods(
             raise ConfigError("not a setting", got=repr(setting), wanted="OWNER.OPTION=VALUE")
         options.setdefault(owner, {})[option] = value
     privacy = options.pop("privacy", None)
-    ways = listed(compress) or ("none",)
+    ways = tuple(dict.fromkeys(listed(compress))) or ("none",)
     for way in ways:
         Compression.parse(way)
     found = [make_method(name, options, listed(train), way) for name in dict.fromkeys(names) for way in ways]

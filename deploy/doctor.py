@@ -100,7 +100,7 @@ def before_server(config: ServerConfig) -> list[Check]:
 
 
 def report(checks: Iterable[Check], console: Console) -> int:
-    """Prints a table; returns 1 if anything failed, else 0."""
+    """Prints a table, and whether this side is ready; returns 1 if anything failed, else 0."""
     checks = list(checks)
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("", "check", "found", "to do"):
@@ -111,7 +111,11 @@ def report(checks: Iterable[Check], console: Console) -> int:
         texts = (_plain(text) for text in (check.name, check.found, check.do))
         table.add_row(f"[{colour}]{check.verdict}[/{colour}]", *texts)
     console.print(table)
-    return int(any(check.verdict == "FAIL" for check in checks))
+    failed = sum(check.verdict == "FAIL" for check in checks)
+    console.print(
+        f"\nnot ready: {failed} of {len(checks)} checks failed" if failed else "\nready", highlight=False
+    )
+    return int(failed > 0)
 
 
 def require(checks: Iterable[Check]) -> None:

@@ -1,7 +1,7 @@
 """What each method of a simulation left, and keeping that while others are still to come.
 
-A folder ``unfinished`` beside the results holds a JSON file per method that has ended, the events so far, and
-where the method under way stands; it is removed when the results are written.
+A folder ``unfinished`` beside the results holds a JSON file per method that has ended, the events up to then,
+and where the method under way stands; it is removed when the results are written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from fedmerge.common.errors import ConfigError
+from pydantic import Field
+
+from fedmerge.common.errors import ConfigError, StoreDamaged
 from fedmerge.common.score import Score, pooled
 from fedmerge.common.writing import make_folder, replacing
 from fedmerge.deploy.report.metrics import mean
@@ -22,6 +24,8 @@ from fedmerge.server.federation import Federation
 from fedmerge.server.history import Event
 from fedmerge.server.methods import Method
 from fedmerge.server.standing import Checkpoints
+
+EVENTS, KEPT = "events.jsonl", "methods.json"
 
 
 class Outcome(Frozen):
@@ -104,9 +108,16 @@ def _merge_row(event: Event) -> MergeRow:
     return MergeRow(**facts, seconds={"absorb": event["absorb_seconds"], "read": event["read_seconds"]})
 
 
+class _Kept(Frozen):
+    """What counts in the folder: of each method that has ended its file's hash, and how many events."""
+
+    methods: dict[str, str] = Field(default_factory=dict)
+    events: int = 0
+
+
 @dataclass(frozen=True)
 class Unfinished:
-    """The folder of a simulation that is under way."""
+    """The folder of a simulation that is under way; ``methods.json`` says what counts and is written last."""
 
     folder: Path
 
@@ -114,7 +125,8 @@ class Unfinished:
         """Opens the folder for a simulation of these settings; what is there already if it is to go on.
 
         Raises:
-            ConfigError: to go on, where nothing was begun or with other settings.
+            ConfigError: to go on, where nothing was begun or with other settings. StoreDamaged: what methods
+                left is not as it was written.
         """
         about = self.folder / "settings.json"
         if not resume:
@@ -133,39 +145,75 @@ class Unfinished:
                 where=self.folder,
                 do="Give the same command, with --resume added.",
             )
-        found = {
-            name: Outcome.model_validate_json(path.read_bytes())
-            for name, path in self._named().items()
-            if path.is_file()
-        }
-        events = self.folder / "events.jsonl"
-        lines = events.read_text().splitlines() if events.is_file() else []
-        return found, [json.loads(line) for line in lines]
+        kept = self._kept()
+        found = {name: self._outcome(name, wanted) for name, wanted in kept.methods.items()}
+        return found, self._events(kept.events)
 
     def keep(self, outcomes: Mapping[str, Outcome], events: Sequence[Event]) -> None:
         """Writes down what methods left, and all events so far."""
-        with replacing(self.folder / "events.jsonl") as file:
+        hashes = self._kept().methods
+        with replacing(self.folder / EVENTS) as file:
             file.write("".join(json.dumps(event) + "\n" for event in events).encode())
-        names = {name: path.name for name, path in self._named().items()}
         for name, found in outcomes.items():
-            path = self.folder / f"method-{sha256(name.encode()).hexdigest()[:12]}.json"
-            with replacing(path) as file:
-                file.write(found.model_dump_json().encode())
-            names[name] = path.name
-        with replacing(self.folder / "methods.json") as file:
-            file.write(json.dumps(names).encode())
+            data = found.model_dump_json().encode()
+            hashes[name] = sha256(data).hexdigest()
+            with replacing(self._path(name)) as file:
+                file.write(data)
+        with replacing(self.folder / KEPT) as file:
+            file.write(_Kept(methods=hashes, events=len(events)).model_dump_json().encode())
 
     def checkpoints(self, methods: Sequence[Method]) -> Checkpoints:
         """Where the methods stand that learn together."""
         words = "\n".join(method.name for method in methods)
-        return Checkpoints(self.folder / f"standing-{sha256(words.encode()).hexdigest()[:12]}")
+        return Checkpoints(self.folder / f"standing-{_short_hash(words)}")
 
     def clear(self) -> None:
         """Removes the folder, once the results are written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _named(self) -> dict[str, Path]:
-        """Files by method, of those that have ended."""
-        path = self.folder / "methods.json"
-        names: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
-        return {name: self.folder / file for name, file in names.items()}
+    def _path(self, name: str) -> Path:
+        return self.folder / f"method-{_short_hash(name)}.json"
+
+    def _kept(self) -> _Kept:
+        path = self.folder / KEPT
+        try:
+            return _Kept.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return _Kept()
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+
+    def _outcome(self, name: str, wanted: str) -> Outcome:
+        path = self._path(name)
+        try:
+            data = path.read_bytes()
+            if sha256(data).hexdigest() != wanted:
+                raise ValueError("other bytes than were written")
+            return Outcome.model_validate_json(data)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+
+    def _events(self, count: int) -> list[Event]:
+        """The first events, as many as belong to methods that have ended."""
+        path = self.folder / EVENTS
+        try:
+            lines = path.read_text().splitlines()[:count] if count else []
+            if len(lines) < count:
+                raise ValueError(f"{len(lines)} events of {count}")
+            return [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+
+
+def _short_hash(words: str) -> str:
+    """What a file may be named by, whatever a method is."""
+    return sha256(words.encode()).hexdigest()[:12]
+
+
+def _damaged(path: Path, error: Exception) -> StoreDamaged:
+    return StoreDamaged(
+        "what a simulation had left is damaged",
+        where=path,
+        got=str(error).splitlines()[0],
+        do="Start without --resume.",
+    )

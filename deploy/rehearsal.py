@@ -38,7 +38,7 @@ from fedmerge.deploy.launch.config import ClientConfig
 from fedmerge.deploy.report.words import count, format_bytes
 
 FEW = 2
-"""Examples of each kind that are used, and steps that are taken. The last one is timed: first ones are slow."""
+"""Examples of each kind that are used, and steps that are taken; the last is timed, as the first is slow."""
 
 WITHIN = timedelta(hours=1)
 NOT_THE_SITE_S = (

@@ -99,12 +99,17 @@ def simulate(
             sites start from the merged model, the last task merged, or the last round written down.
 
     Raises:
-        ConfigError: a setting that does not fit the stream, or nothing to go on with. Whatever stops the
-            ServerApp comes through.
+        ConfigError: a setting that does not fit the stream; nothing to go on with, or noise for privacy, of
+            which sites would lose account. Whatever stops the ServerApp comes through.
     """
     if config.sites_per_task > config.sites:
         raise ConfigError(
             "more sites per task than sites", got=config.sites_per_task, wanted=f"at most {config.sites}"
+        )
+    if resume and config.privacy is not None and config.privacy.noise:
+        raise ConfigError(
+            "a simulation with privacy cannot go on: sites keep account of it while they run",
+            do="Start without --resume.",
         )
     os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
     started, clock = datetime.now(UTC), time.perf_counter()

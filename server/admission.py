@@ -215,8 +215,10 @@ def admit(
     """
     where = vector.label
     check_manifest(vector.manifest, base, where)
-    if not vector.manifest.origin_version == origin > 0:
-        check_origin(vector.manifest.origin_version, 0, limits, where)
+    if vector.manifest.origin_version != origin:
+        raise VersionMismatch(
+            "another origin version", where=where, got=vector.manifest.origin_version, wanted=origin
+        )
     if vector.manifest.task != task:
         raise MismatchError(
             "a vector for another task", where=where, got=repr(vector.manifest.task), wanted=repr(task)

@@ -278,7 +278,7 @@ def run_methods(
 
     Args:
         on_finished: called with each federation before its actors end, while merged models can still be read.
-        checkpoints: where methods write down how far they have come, if sites start from the merged model.
+        checkpoints: where methods that are ``resumable`` write down how far they have come.
 
     Raises:
         ConfigError: no usable site, or a method that the layout does not allow. EngineError: Ray cannot be
@@ -287,7 +287,7 @@ def run_methods(
     _start_ray(grid, engines)
     for group in grouped(methods):
         history.record("learning", methods=[method.name for method in group])
-        standing = checkpoints(group) if checkpoints is not None and group[0].start == "merged" else None
+        standing = checkpoints(group) if checkpoints is not None and group[0].resumable else None
         _run_group(grid, base, group, layout, engines, history, on_finished, standing)
         layout = layout.model_copy(update={"evaluate_base": False})
 
@@ -360,7 +360,8 @@ def _options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_known(settings: Mapping[str, Any]) -> None:
-    known = {name for config in CONFIGS for name in config.model_fields} - (OF_METHOD - {"compress"})
+    known = {name for config in CONFIGS for name in config.model_fields}
+    known -= OF_METHOD - RunConfig.model_fields.keys()
     unknown = sorted(set(settings) - known)
     if unknown:
         raise ConfigError(

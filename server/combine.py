@@ -32,7 +32,8 @@ def combine(
     """``sum_i (w_i / sum w) tau_i``, layer by layer when a layer is read.
 
     Dense layers are summed in float64 and rounded once. If all are low-rank the factors are stacked,
-    which is exact and gives the sum of the ranks. A layer unchanged at one site counts as zero there.
+    which is exact and gives the sum of the ranks, unless that is more than a matrix of the layer's size can
+    have. A layer unchanged at one site counts as zero there.
 
     Args:
         vectors: at least one, of the same base.
@@ -91,12 +92,18 @@ def _shares(weights: Sequence[float]) -> list[float]:
 
 def _sum(parts: Sequence[tuple[LayerUpdate, float]]) -> LayerUpdate:
     factors = [(update, share) for update, share in parts if isinstance(update, LowRank)]
-    if len(factors) == len(parts):
+    if len(factors) == len(parts) and _may_stack([update for update, _ in factors]):
         left = torch.cat([update.left_MR * share for update, share in factors], dim=1)
         return LowRank(left, torch.cat([update.right_RN for update, _ in factors]), factors[0][0].shape)
     total = sum(update.to_dense().double() * share for update, share in parts)
     assert isinstance(total, torch.Tensor)
     return Dense(total.float())
+
+
+def _may_stack(updates: Sequence[LowRank]) -> bool:
+    """Whether all factors together are of a rank that the layer can have; beyond it they only take room."""
+    left_MR, right_RN = updates[0].tensors()
+    return sum(update.rank for update in updates) <= min(left_MR.shape[0], right_RN.shape[1])
 
 
 def _whole_statistics(

@@ -17,39 +17,32 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
-from safetensors.torch import save
 
-from fedmerge import __version__
 from fedmerge.common import wire
 from fedmerge.common.base import Base
-from fedmerge.common.errors import BaseMismatch, ConfigError, FedmergeError, StatisticsMissing
+from fedmerge.common.errors import ConfigError, FedmergeError, StatisticsMissing
 from fedmerge.common.score import Score
 from fedmerge.common.statistics import statistics_of
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
-from fedmerge.common.wire import Hello, TrainJob
 from fedmerge.server.admission import LIMITS, BaseNorms, Limits, admit, weight
-from fedmerge.server.combine import add_vectors, combine
+from fedmerge.server.combine import add_vectors
 from fedmerge.server.correcting import Corrected, Correcting
 from fedmerge.server.history import History
 from fedmerge.server.layout import FederationConfig, Site, TaskRun, assign, check_layout
 from fedmerge.server.mailbox import Mailbox, Reply, Request
-from fedmerge.server.merge.rule import Cadence, Rule
 from fedmerge.server.model import GlobalModel
 from fedmerge.server.needs import check_needs
 from fedmerge.server.peers import reported
+from fedmerge.server.roster import Greeted, Roster
+from fedmerge.server.rounds import Rounds
 from fedmerge.server.scoring import Scored, Scoring
 from fedmerge.server.standing import Checkpoints, Standing, layout_hash
 
 MOST_IDLE = 3
 """Rounds in a row that may bring nothing before a task that goes on from the merged model is given up."""
-
-
-@dataclass(frozen=True)
-class _Hello:
-    pass
 
 
 @dataclass(frozen=True)
@@ -98,17 +91,13 @@ class Federation:
         self._norms, self._limits = BaseNorms.of(base), limits
         self._mailbox = Mailbox(grid, self._note_sent, clock)
         self._poll_seconds, self._clock, self._checkpoints = poll_seconds, clock, checkpoints
-        self.sites: dict[int, Site] = {}
-        self._greeted: set[int] = set()
+        self._roster = Roster(self._mailbox, base.fingerprint, config, history, self._fail)
         self.runs: list[TaskRun] = []
         self.merged: list[TaskRun] = []
         self._next = 0
         self._scoring = Scoring(self._mailbox, base.fingerprint, config, history, self.runs, self._fail)
         self.fine_tuned: dict[str, list[Score]] = {}
-        rules = [model.engine.rule for model in models.values()]
-        self._needs = tuple(sorted({need for rule in rules for need in rule.needs}))
-        self._sketch = next((spec for rule in rules if (spec := rule.asks()) is not None), None)
-        self._by_round = config.start == "merged" and any(rule.cadence is Cadence.ROUND for rule in rules)
+        self._rounds = Rounds(base.fingerprint, models, config)
         self._correcting = Correcting(
             self._mailbox, base, self._norms, self._limits, config, history, self._fail
         )
@@ -133,6 +122,11 @@ class Federation:
         self.history.record("finished", versions=len(self.merged))
 
     @property
+    def sites(self) -> Mapping[int, Site]:
+        """Those let in, by node."""
+        return self._roster.sites
+
+    @property
     def scores(self) -> dict[tuple[str, int, str], list[Score]]:
         """What sites have found, by rule, version and task."""
         return self._scoring.scores
@@ -145,15 +139,17 @@ class Federation:
         replies = self._mailbox.step()
         for reply in replies:
             match reply.request.key:
-                case _Hello():
-                    self._welcome(reply)
+                case Greeted():
+                    newcomer = self._roster.welcome(reply)
+                    if newcomer is not None and self.runs:
+                        self._add_runs_of(newcomer)
                 case _Train() as key:
                     self._receive(reply, key)
                 case Corrected() as key:
                     self._correcting.take(reply, key)
                 case Scored() as key:
-                    self._scoring.take(reply, key.version, self._label(reply.request.node))
-        self._greet_newcomers()
+                    self._scoring.take(reply, key.version, self._roster.label(reply.request.node))
+        self._roster.greet_newcomers()
         if not replies:
             time.sleep(self._poll_seconds)
 
@@ -161,7 +157,7 @@ class Federation:
 
     def _wait_for_sites(self) -> None:
         deadline = self._clock() + self.config.wait_seconds
-        self._greet_newcomers()
+        self._roster.greet_newcomers()
         while len(self.sites) < self.config.min_sites and self._clock() < deadline:
             self._step()
         while not self._mailbox.idle and self._clock() < deadline:
@@ -169,44 +165,10 @@ class Federation:
         if not self.sites:
             raise ConfigError(
                 "no site is ready",
-                got=f"{len(self._greeted)} connected, none usable",
+                got=f"{len(self._roster.greeted)} connected, none usable",
                 wanted=f"{self.config.min_sites}",
                 do="The history says why each was refused.",
             )
-
-    def _greet_newcomers(self) -> None:
-        content = RecordDict({wire.JOB: ConfigRecord({"version": __version__})})
-        # A node that never says hello must not hold up a run whose tasks are done.
-        timeout = min(self.config.wait_seconds, self.config.timeout_seconds)
-        for node in sorted(self._mailbox.nodes() - self._greeted):
-            self._greeted.add(node)
-            self._mailbox.put(Request(node, wire.HELLO, _Hello(), lambda: content, timeout))
-
-    def _welcome(self, reply: Reply) -> None:
-        node = reply.request.node
-        if reply.content is None:
-            self._fail(f"node {node}", "", "hello", reply.reason)
-            return
-        try:
-            hello = wire.unpack_job(Hello, reply.content, where=f"node {node}")
-            wire.check_version(hello.version, __version__, where=hello.site)
-            if hello.base != self.base.fingerprint:
-                raise BaseMismatch(
-                    "another pretrained model",
-                    where=hello.site,
-                    got=hello.base[:12],
-                    wanted=self.base.fingerprint[:12],
-                )
-        except FedmergeError as error:
-            self._fail(f"node {node}", "", "hello", str(error))
-            return
-        self.sites[node] = Site(node, hello.site, hello.tasks)
-        self.history.record("joined", site=hello.site, tasks=list(hello.tasks))
-        if self.runs:
-            self._add_runs_of(self.sites[node])
-
-    def _label(self, node: int) -> str:
-        return self.sites[node].label if node in self.sites else f"node {node}"
 
     # --- tasks ---
 
@@ -219,7 +181,12 @@ class Federation:
             raise ConfigError("no connected site holds any of the tasks", got=list(self.config.tasks))
 
     def _add_runs_of(self, newcomer: Site) -> None:
-        """A site that joins late brings the wanted tasks that nobody else has, after the others."""
+        """A site that joins late brings the wanted tasks that nobody else has, after the others.
+
+        It brings none where all tasks are learned at once.
+        """
+        if self.config.joint:
+            return
         known = {name for run in self.runs for name in run.names}
         wanted = self.config.tasks or newcomer.tasks
         brought = [task for task in newcomer.tasks if task in wanted and task not in known]
@@ -242,66 +209,21 @@ class Federation:
             self._start_round(self._next)
 
     def _start_round(self, index: int) -> None:
-        run, config = self.runs[index], self.config
-        run.begin(config.sites_per_round, config.seed)
-        last = self._is_last(run)
-        records = self._starting_point(run)
-        if config.start == "merged" and (config.training.project or (last and self._sketch)):
-            records[wire.BASES] = wire.pack_vector(self._bases())
-        for site in run.asked:
-            job = TrainJob(
-                run.task,
-                self.base.fingerprint,
-                run.round,
-                self._origin_version,
-                config.seed,
-                run.part_of(site.node),
-                len(run.sites),
-                config.partition,
-                needs=self._needs if last else (),
-                sketch=self._sketch.model_dump_json() if last and self._sketch is not None else "",
-                also=run.also,
-                training=config.training.model_dump_json(exclude_none=True),
-                compress=config.compress,
-                score=last,
-                learning="+".join(self.models),
-            )
-            self._send(site.node, wire.TRAIN, _Train(index, run.round), partial(_content, job, records))
+        run = self.runs[index]
+        run.begin(self.config.sites_per_round, self.config.seed)
+        for site, content in self._rounds.requests(run, self._origin_version):
+            self._send(site.node, wire.TRAIN, _Train(index, run.round), content)
 
     @property
     def _origin_version(self) -> int:
         """The version that sites start from."""
         return len(self.merged) if self.config.start == "merged" else 0
 
-    def _starting_point(self, run: TaskRun) -> dict[str, ArrayRecord]:
-        """The vector from the base to where sites start this round; none where that is the base."""
-        vector = run.moved
-        if self.config.start == "merged" and (self.merged or (run.moved is not None and self._by_round)):
-            (model,) = self.models.values()
-            vector = model.merged()
-            if run.moved is not None and not self._by_round:
-                vector = add_vectors(vector, run.moved)
-        return {} if vector is None else {wire.ORIGIN: wire.pack_vector(to_bytes(vector))}
-
-    def _bases(self) -> bytes:
-        """The input directions that the model protects, by layer, as a safetensors file."""
-        (model,) = self.models.values()
-        shown = {name: model.engine.rule.shown(model.engine.state(name)) for name in model.engine.touched}
-        return save({name: tensor for name, tensor in shown.items() if tensor is not None})
-
-    def _is_last(self, run: TaskRun) -> bool:
-        """Whether the statistics that the rules need come with the round that a task is in."""
-        return run.round == self.config.rounds
-
-    def _asking(self, run: TaskRun) -> list[Rule]:
-        """The rules whose needs the vectors of that round must meet."""
-        return [model.engine.rule for model in self.models.values()] if self._is_last(run) else []
-
     def _receive(self, reply: Reply, key: _Train) -> None:
         """One site's answer to a training request: admitted, refused or missing."""
         run, node = self.runs[key.run], reply.request.node
         run.waiting.discard(node)
-        label = self._label(node)
+        label = self._roster.label(node)
         if reply.content is None:
             self._fail(label, run.task, "train", reply.reason)
         else:
@@ -315,14 +237,14 @@ class Federation:
     def _admit(self, run: TaskRun, node: int, label: str, content: RecordDict, seconds: float) -> None:
         where = f"update of {label}"
         vector = wire.unpack_vector(content, wire.VECTOR, where=where)
-        origin, rules = self._origin_version, self._asking(run)
+        origin, rules = self._origin_version, self._rounds.asking(run)
         admit(vector, self.base, self._norms, self._limits, task=run.task, origin=origin, rules=rules)
         metrics: Mapping[str, object] = content.metric_records.get(wire.METRICS, {})
         examples = weight(metrics.get("num-examples"), where=where, cap=self.config.max_examples)
         # What is recorded and merged is what was admitted, not what the site claims in its file.
         manifest = replace(vector.manifest, site=label, examples=examples)
         run.arrived[node] = replace(vector, manifest=manifest), examples
-        if self._is_last(run):
+        if self._rounds.is_last(run):
             found = wire.unpack_scores(content, ["fine-tuned"], run.names)
             for (_, task), score in found.items():
                 self.fine_tuned.setdefault(task, []).append(score)
@@ -349,25 +271,28 @@ class Federation:
             try:
                 self._add_round(run)
             except StatisticsMissing as error:
-                self._fail("", run.task, "combine", str(error))
-                if not self._by_round:
-                    run.moved = None
-        elif self._is_last(run) and run.moved is not None and self._needs and not self._by_round:
-            self._fail("", run.task, "merge", "its last round brought no statistics, which a rule needs")
-            run.moved = None
+                self._leave_out(run, "combine", str(error))
         if self._goes_on(run):
             run.round += 1
-            if self._by_round and self._checkpoints is not None and self._checkpoints.due(run.round - 1):
+            if self._rounds.at_once and run.arrived:
                 self._save(run)
             self._start_round(index)
             return
+        if run.moved is not None and self._rounds.needs and not (run.arrived and self._rounds.is_last(run)):
+            self._leave_out(run, "merge", "its last round brought no statistics, which a rule needs")
         run.closed, run.arrived = True, {}
         self._merge_in_order()
 
     def _goes_on(self, run: TaskRun) -> bool:
         """Whether a task has another round; one that starts from the base ends with an idle one."""
         patience = MOST_IDLE if self.config.start == "merged" else 1
-        return not self._is_last(run) and run.idle < patience
+        return not self._rounds.is_last(run) and run.idle < patience
+
+    def _leave_out(self, run: TaskRun, phase: str, reason: str) -> None:
+        """Says what is wrong with a task, and forgets what it has moved unless the model has."""
+        self._fail("", run.task, phase, reason)
+        if not self._rounds.at_once:
+            run.moved = None
 
     def _add_round(self, run: TaskRun) -> None:
         """What the sites of a round have learned, on top of the rounds before.
@@ -375,27 +300,22 @@ class Federation:
         Raises:
             StatisticsMissing: sites do not bring the same ones, or a layer moved before the last round alone.
         """
-        ordered = [run.arrived[site.node] for site in run.asked if site.node in run.arrived]
-        needs = self._needs if self._is_last(run) else ()
-        vectors, examples = zip(*ordered, strict=True)
-        shares = examples if self.config.weights == "examples" else [1] * len(vectors)
-        step = combine(vectors, shares, needs, examples=examples)
-        run.taught |= set(run.arrived)
-        run.learned_by = [site.label for site in run.sites if site.node in run.taught]
-        if self._by_round:
+        step = self._rounds.combined(run)
+        if self._rounds.at_once:
             step = step.in_memory()
-            check_needs(step, self.base, self._asking(run), f"task {run.task!r}")
+        moved = step if run.moved is None else add_vectors(run.moved, step).in_memory()
+        checked = step if self._rounds.at_once else moved
+        check_needs(checked, self.base, self._rounds.asking(run), f"task {run.task!r}")
+        run.note_taught()
+        if self._rounds.at_once:
             self._take_in(run, step)
-        else:
-            run.moved = step if run.moved is None else add_vectors(run.moved, step).in_memory()
-            check_needs(run.moved, self.base, self._asking(run), f"task {run.task!r}")
+        run.moved = moved
 
     def _take_in(self, run: TaskRun, step: TaskVector) -> None:
         """Merges one round at once."""
         for model in self.models.values():
             version = model.merge(step, run.learned_by, step=True)
             run.seconds += version.absorb_seconds
-        run.moved = step if run.moved is None else add_vectors(run.moved, step).in_memory()
         self.history.record(
             "round",
             task=run.task,
@@ -431,7 +351,7 @@ class Federation:
             before = to_bytes(next(iter(self.models.values())).merged())
         self.merged.append(run)
         for name, model in self.models.items():
-            if self._by_round:
+            if self._rounds.at_once:
                 version = model.current(vector, run.learned_by, run.seconds)
             else:
                 version = model.merge(vector, run.learned_by, step=self.config.start == "merged")
@@ -469,8 +389,7 @@ class Federation:
         self.history.record("published", task=run.task, version=number)
         if self.config.evaluate:
             self._scoring.publish(number, published, self.sites.values())
-        if self._checkpoints is not None:
-            self._save()
+        self._save()
 
     # --- standing ---
 
@@ -479,37 +398,32 @@ class Federation:
         return layout_hash(self.config, self.models, self.base.fingerprint)
 
     def _save(self, run: TaskRun | None = None) -> None:
-        """Writes down how far the run has come; ``run`` is the task under way, if its rounds count."""
-        assert self._checkpoints is not None
+        """Writes down how far the run has come; ``run`` is the task under way, and its rounds count."""
+        if self._checkpoints is None or (run is not None and not self._checkpoints.due(run.round - 1)):
+            return
         unscored = self._scoring.unscored
-        events = self.history.events[self._first_event :]
         self._saved += 1
         standing = Standing.of(
             self._saved,
             self._layout,
             self.merged,
-            self._next,
+            self.runs[: self._next],
             run,
             self.scores,
             self.fine_tuned,
             unscored,
-            events,
+            self.history.events[self._first_event :],
         )
-        published = {
-            (version, rule): bytes(record["bytes"].data)
-            for version, records in unscored.items()
-            for rule, record in records.items()
-        }
         moved = run.moved if run is not None else None
-        self._checkpoints.write(standing, self.base.fingerprint, self.models, moved, published)
+        self._checkpoints.write(standing, self.base.fingerprint, self.models, moved, unscored)
 
     def _go_on_from(self, standing: Standing) -> None:
         """Takes over what an earlier process had done."""
         assert self._checkpoints is not None
         moved = self._checkpoints.restore(standing, self.base.fingerprint, self.models)
         self.merged += standing.take_over(self.runs, moved, self.scores, self.fine_tuned)
-        self._next, self._saved = standing.passed, standing.number
-        self.history.events[self._first_event :] = standing.events
+        self._next, self._saved = len(standing.passed), standing.number
+        self.history.events[self._first_event : self._first_event] = standing.events
         self.history.record("resumed", tasks=len(self.merged), round=standing.round)
         for version in standing.unscored:
             records = {
@@ -525,12 +439,11 @@ class Federation:
 
     def _note_sent(self, request: Request, content: RecordDict) -> None:
         self.history.record(
-            "sent", site=self._label(request.node), message=request.kind, bytes_down=wire.bytes_in(content)
+            "sent",
+            site=self._roster.label(request.node),
+            message=request.kind,
+            bytes_down=wire.bytes_in(content),
         )
 
     def _fail(self, site: str, task: str, phase: str, reason: str) -> None:
         self.history.record("failed", site=site, task=task, phase=phase, reason=reason)
-
-
-def _content(job: TrainJob, records: Mapping[str, ArrayRecord]) -> RecordDict:
-    return RecordDict({wire.JOB: wire.pack_job(job), **records})

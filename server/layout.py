@@ -14,7 +14,7 @@ from fedmerge.common.errors import ConfigError
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.training import Correction, LocalTraining
 from fedmerge.server.admission import MAX_EXAMPLES
-from fedmerge.server.merge.rule import Rule
+from fedmerge.server.merge.rule import Cadence, Rule
 from fedmerge.server.model import Version
 
 Positive = Annotated[int, Field(ge=1)]
@@ -118,6 +118,11 @@ class TaskRun:
             self.asked = [site for site in self.sites if site in chosen]
         self.waiting, self.arrived = {site.node for site in self.asked}, {}
 
+    def note_taught(self) -> None:
+        """Counts those whose vectors of this round are in."""
+        self.taught |= set(self.arrived)
+        self.learned_by = [site.label for site in self.sites if site.node in self.taught]
+
 
 def assign(config: FederationConfig, sites: Iterable[Site]) -> tuple[list[TaskRun], list[str]]:
     """Gives each task to sites that hold it, taking turns; and the tasks that nobody holds."""
@@ -140,7 +145,7 @@ def check_layout(config: FederationConfig, rules: Sequence[Rule]) -> None:
 
     Raises:
         ConfigError: several rules though sites start from the merged model, of which there is one per rule; a
-            correction under a rule that cannot take it, or without a model before.
+            correction under a rule that cannot take it, or without the model before a task beside it.
     """
     if config.start == "merged" and len(rules) != 1:
         raise ConfigError(
@@ -149,8 +154,11 @@ def check_layout(config: FederationConfig, rules: Sequence[Rule]) -> None:
             wanted="one rule",
             do="Run rules one by one, or let sites start from the base.",
         )
-    if config.correction is not None and (config.start == "base" or not rules[0].steps):
+    if config.correction is None:
+        return
+    (rule, *_) = rules
+    if config.start == "base" or not rule.steps or rule.cadence is Cadence.ROUND:
         raise ConfigError(
-            "a correction needs sites that start from the merged model, and a rule that takes steps",
-            got=f"start {config.start!r}, rule {rules[0].name!r}",
+            "a correction needs sites that start from the merged model, and a rule with one step per task",
+            got=f"start {config.start!r}, rule {rule.name!r}",
         )

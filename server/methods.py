@@ -97,6 +97,11 @@ class Method:
             return None
         return self.training, self.weights, self.compress
 
+    @property
+    def resumable(self) -> bool:
+        """Whether a run can go on midway: what sites remember of earlier tasks is lost with their process."""
+        return self.start == "merged" and self.training.coso is None
+
     def laid_out(self, layout: FederationConfig) -> FederationConfig:
         """The layout of a run by this method."""
         chosen: dict[str, Any] = {

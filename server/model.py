@@ -64,7 +64,8 @@ class GlobalModel:
         """
         started = time.perf_counter()
         if step and not self.engine.rule.steps:
-            vector, step = add_vectors(self.merged(), vector), False
+            # In memory: an engine may read it again when another model is current.
+            vector, step = add_vectors(self.merged(), vector).in_memory(), False
         totals = self.engine.absorb(vector, on_layer, relative=step)
         seconds = time.perf_counter() - started
         try:

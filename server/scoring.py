@@ -50,9 +50,12 @@ class Scoring:
         self.scores: dict[tuple[str, int, str], list[Score]] = {}
 
     @property
-    def unscored(self) -> Mapping[int, Mapping[str, ArrayRecord]]:
-        """What was sent out of the versions that some site has not scored yet, by number and rule."""
-        return self._published
+    def unscored(self) -> dict[int, dict[str, bytes]]:
+        """The merged vectors of the versions that some site has not scored yet, by number and rule."""
+        return {
+            version: {rule: record["bytes"].data for rule, record in merged.items()}
+            for version, merged in self._published.items()
+        }
 
     def score(self, rule: str, version: int, task: str) -> Score | None:
         """The accuracy of a version on a task over all sites that scored it, weighted by examples."""

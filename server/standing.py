@@ -8,7 +8,8 @@ last, so that a stop at any moment leaves the one before:
     N-moved                  what the task under way has moved so far, a task vector file
     N-version-V-NAME         merged vectors that have not been scored by all sites
 
-What sites keep between rounds is theirs and is not here: error feedback begins anew after a stop.
+What sites keep is theirs and is not here. After a stop error feedback begins anew, and so do privacy accounts
+and what options remember of earlier tasks: runs with these had better start over.
 """
 
 from __future__ import annotations
@@ -46,13 +47,24 @@ class MergedTask(BaseModel):
     learned_by: list[str]
 
 
+class UnderWay(BaseModel):
+    """A task some of whose rounds are in the models: ``round`` is the next, ``seconds`` were spent on merging
+    those before."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    round: int
+    learned_by: list[str]
+    seconds: float
+
+
 class Standing(BaseModel):
     """How far a run has come.
 
     Attributes:
         number: of this generation. ``layout``: hash of the layout and the rules it is of.
-        merged: in order. ``passed``: tasks that have had their turn, merged or not.
-        round: the next one of the task under way; ``taught``: labels of those it has learned from.
+        merged: in order. ``passed``: tasks that have had their turn, merged or not, in order.
         scores: rule, version, task, accuracy and examples, one line per site; ``fine_tuned``: the same of
             tasks after their last round. ``unscored``: versions that some site has not scored yet.
         events: the history. ``files``: hash by file name.
@@ -63,10 +75,8 @@ class Standing(BaseModel):
     number: int
     layout: str
     merged: list[MergedTask]
-    passed: int
-    round: int
-    taught: list[str]
-    seconds: float
+    passed: list[str]
+    under_way: UnderWay | None
     scores: list[tuple[str, int, str, float, int]]
     fine_tuned: list[tuple[str, float, int]]
     unscored: list[int]
@@ -79,22 +89,26 @@ class Standing(BaseModel):
         number: int,
         layout: str,
         merged: Sequence[TaskRun],
-        passed: int,
+        passed: Sequence[TaskRun],
         run: TaskRun | None,
         scores: Mapping[tuple[str, int, str], Sequence[Score]],
         fine_tuned: Mapping[str, Sequence[Score]],
         unscored: Collection[int],
         events: list[Event],
     ) -> Standing:
-        """How far a run has come; ``run`` is the task under way, if its rounds count."""
+        """How far a run has come; ``run`` is the task under way, if its rounds count.
+
+        Of tasks that have not had their turn nothing is written down: they are learned again.
+        """
+        done = {name for run in passed for name in run.names}
         return cls(
             number=number,
             layout=layout,
-            merged=[MergedTask(task=done.task, learned_by=done.learned_by) for done in merged],
-            passed=passed,
-            round=run.round if run is not None else 1,
-            taught=run.learned_by if run is not None else [],
-            seconds=run.seconds if run is not None else 0.0,
+            merged=[MergedTask(task=run.task, learned_by=run.learned_by) for run in merged],
+            passed=[run.task for run in passed],
+            under_way=None
+            if run is None
+            else UnderWay(task=run.task, round=run.round, learned_by=run.learned_by, seconds=run.seconds),
             scores=[
                 (rule, version, task, score.accuracy, score.examples)
                 for (rule, version, task), found in scores.items()
@@ -104,15 +118,21 @@ class Standing(BaseModel):
             fine_tuned=[
                 (task, score.accuracy, score.examples)
                 for task, found in fine_tuned.items()
+                if task in done
                 for score in found
             ],
             unscored=sorted(unscored),
             events=events,
         )
 
+    @property
+    def round(self) -> int:
+        """The next one."""
+        return self.under_way.round if self.under_way is not None else 1
+
     def take_over(
         self,
-        runs: Sequence[TaskRun],
+        runs: list[TaskRun],
         moved: TaskVector | None,
         scores: dict[tuple[str, int, str], list[Score]],
         fine_tuned: dict[str, list[Score]],
@@ -120,23 +140,39 @@ class Standing(BaseModel):
         """Puts tasks and scores to where they were; returns the tasks that are merged.
 
         Args:
+            runs: as sites hold the tasks now. Those that have had their turn come first then, as they had it.
             moved: by the task under way.
+
+        Raises:
+            MismatchError: nobody holds the task under way.
         """
         by_task = {run.task: run for run in runs}
+        for task in self.passed:
+            by_task.setdefault(task, TaskRun(task, [])).closed = True
         for done in self.merged:
             by_task[done.task].learned_by = done.learned_by
-        for run in runs[: self.passed]:
-            run.closed = True
-        if moved is not None:
-            run = runs[self.passed]
-            run.round, run.moved, run.seconds = self.round, moved, self.seconds
-            run.taught = {site.node for site in run.sites if site.label in self.taught}
-            run.learned_by = self.taught
+        first = list(self.passed)
+        if self.under_way is not None:
+            self._go_on_with(by_task, self.under_way, moved)
+            first.append(self.under_way.task)
+        runs[:] = [*(by_task[task] for task in first), *(run for run in runs if run.task not in first)]
         for rule, version, task, accuracy, examples in self.scores:
             scores.setdefault((rule, version, task), []).append(Score(accuracy, examples))
         for task, accuracy, examples in self.fine_tuned:
             fine_tuned.setdefault(task, []).append(Score(accuracy, examples))
         return [by_task[done.task] for done in self.merged]
+
+    def _go_on_with(self, by_task: Mapping[str, TaskRun], stood: UnderWay, moved: TaskVector | None) -> None:
+        run = by_task.get(stood.task)
+        if run is None:
+            raise MismatchError(
+                "nobody holds the task that is under way",
+                got=stood.task,
+                do="Connect the sites that have learned it so far.",
+            )
+        run.round, run.moved, run.seconds = stood.round, moved, stood.seconds
+        run.taught = {site.node for site in run.sites if site.label in stood.learned_by}
+        run.learned_by = stood.learned_by
 
 
 @dataclass(frozen=True)
@@ -160,12 +196,12 @@ class Checkpoints:
         base: str,
         models: Mapping[str, GlobalModel],
         moved: TaskVector | None,
-        published: Mapping[tuple[int, str], bytes],
+        published: Mapping[int, Mapping[str, bytes]],
     ) -> None:
         """Puts a standing in place of the one before.
 
         Args:
-            published: merged vectors by version and model, of the versions that are unscored.
+            published: merged vectors of the versions that are unscored, by number and model.
         """
         make_folder(self.folder)
         number = standing.number
@@ -181,8 +217,9 @@ class Checkpoints:
             put(f"model-{name}", partial(snapshot.write, model.engine, base))
         if moved is not None:
             put("moved", partial(vectorfile.write, moved))
-        for (version, name), data in published.items():
-            put(f"version-{version}-{name}", partial(_write, data))
+        for version, merged in published.items():
+            for name, data in merged.items():
+                put(f"version-{version}-{name}", partial(_write, data))
         with replacing(self.folder / NAME) as file:
             file.write(standing.model_copy(update={"files": files}).model_dump_json().encode())
         for old in self.folder.iterdir():

@@ -22,7 +22,8 @@ Departures and what the sources leave open:
   but for the rank of a step.
 
 The history is that of the site's own earlier tasks. It is kept in the run's memory as ``coso/LAYER``, (M, J),
-float32; J is at most M, and grows only by a run that ends without an error.
+float32; J is at most M, and grows only by the last run of a task, if it ends without an error. Of a task's
+rounds it is the last one's gradients that are remembered.
 
 Legend of shape suffixes: M out rows, N in columns, K rank of the subspace, J columns of the history.
 """
@@ -69,7 +70,7 @@ class GradientSubspaces(Option):
     ) -> None:
         for name, layer in self._layers.items():
             self.run.trained.pop(_key(name), None)
-            if kind is None:
+            if kind is None and self.run.ends_task:
                 self.run.memory[_key(name)] = layer.extended(self._config.energy).float().cpu().contiguous()
 
     @torch.no_grad()

@@ -49,6 +49,7 @@ class Run:
         private: patterns of layers that are the task's own. ``base``: the pretrained weights, on the CPU.
         bases: by matrix layer, orthonormal columns (N, K) of input directions that the server protects.
         memory: what this site keeps from run to run, by keys that begin with the option's name; float32, CPU.
+        ends_task: whether no further run of the same task follows.
         optimizer: of everything in ``trained``; made once the options are entered.
         held_out_loss: mean loss, now, over the examples that ``stop`` holds out of training.
         over: set by an option to end the run after this step.
@@ -65,6 +66,7 @@ class Run:
     base: Mapping[str, Tensor] = field(default_factory=dict)
     bases: Mapping[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    ends_task: bool = True
     adapters: dict[str, Adapter] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
     held_out_loss: Callable[[], float] = lambda: math.nan

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmerge.common.errors import EngineError, FedmergeError, NonFinite, UnknownLayer
 from fedmerge.common.layers import LayerKind, LayerSpec
+from fedmerge.common.statistics import Statistic, Statistics
 from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, TaskVector
 from fedmerge.server.engine.engine import Act, Engine
 from fedmerge.server.merge import make_rule
@@ -36,6 +37,9 @@ NOT_MERGED = (
 NAMES = tuple(layer.name for layer in LAYERS)
 
 RULES = [("opcm", {}), ("opcm", {"diagonal": "left"}), ("average", {}), ("task_arithmetic", {"factor": 1.0})]
+
+STEPPING = ("fedavg", "fot", "fot_gram", "perturb_and_merge", "holistic")
+"""Rules whose merged model can be moved."""
 
 MakeEngine = Callable[..., Engine]
 
@@ -85,6 +89,23 @@ def vector(
         held[layer.name] = LowRank(left, right, layer.shape) if factors else Dense(dense)
     brought = {name: update for name, update in held.items() if name not in without}
     return TaskVector.of(brought, without, label=f"vector {seed}")
+
+
+def telling(update: TaskVector, seed: int = 0) -> TaskVector:
+    """The same vector with every kind of statistic of every layer that can have it."""
+    generator = torch.Generator().manual_seed(SEED + seed)
+    held: dict[str, dict[str, Tensor]] = {}
+    for name in update.names:
+        layer = next(layer for layer in LAYERS if layer.name == name)
+        columns = layer.matrix_shape[1]
+        held[name] = {
+            key: torch.rand(layer.shape, generator=generator) for key in ("fisher", "second_moment")
+        }
+        if layer.kind is LayerKind.MATRIX:
+            sketch = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -3, columns)
+            held[name] |= {"sketch": sketch, "residual": torch.ones(1), "input_gram": sketch[:5]}
+    manifest = replace(update.manifest, statistics=tuple(sorted(Statistic)))
+    return replace(update, manifest=manifest, statistics=Statistics.of(held))
 
 
 def failing(update: TaskVector, at: str, error: BaseException) -> TaskVector:
@@ -428,6 +449,53 @@ class EngineContract:
         engine.commit()
         assert engine.totals.merges == 0
         assert not any(engine.read_layer(layer).any() for layer in NAMES)
+
+    @pytest.mark.parametrize("rank", [None, 2])
+    def test_a_step_is_added_to_the_model_it_is_measured_from(
+        self, make_engine: MakeEngine, rank: int | None
+    ) -> None:
+        engine = make_engine(make_rule("fedavg"), LAYERS)
+        engine.merge(vector(0))
+        engine.absorb(vector(1, rank=rank), relative=True)
+        engine.commit()
+        for name in NAMES:
+            wanted = vector(0).read(name).to_dense() + vector(1, rank=rank).read(name).to_dense()
+            torch.testing.assert_close(engine.read_layer(name), wanted)
+        engine.merge(vector(2))
+        assert torch.equal(engine.read_layer("norm.bias"), vector(2).read("norm.bias").to_dense())
+
+    @pytest.mark.parametrize("name", STEPPING)
+    @pytest.mark.parametrize("rank", [None, 2])
+    def test_an_adjustment_moves_the_model_and_counts_as_no_merge(
+        self, make_engine: MakeEngine, name: str, rank: int | None
+    ) -> None:
+        engine = make_engine(make_rule(name), LAYERS)
+        engine.merge(telling(vector(0)))
+        before, told = {layer: engine.read_layer(layer) for layer in NAMES}, engine.totals
+        engine.prepare()
+        change = vector(1, rank=rank, without=NAMES[:3])
+        engine.absorb(change, act=Act.ADJUST)
+        assert_same_bits({layer: engine.read_layer(layer) for layer in NAMES}, before)
+        engine.commit()
+        assert engine.totals == replace(told, state_norm=engine.totals.state_norm)
+        for layer in NAMES:
+            moved = change.read(layer).to_dense() if layer in change.names else 0
+            torch.testing.assert_close(engine.read_layer(layer), before[layer] + moved)
+
+    @pytest.mark.parametrize("name", STEPPING)
+    def test_an_adjustment_that_fails_half_way_changes_nothing(
+        self, make_engine: MakeEngine, name: str
+    ) -> None:
+        engine, unbroken = make_engine(make_rule(name), LAYERS), make_engine(make_rule(name), LAYERS)
+        for each in (engine, unbroken):
+            each.merge(telling(vector(0)))
+        with pytest.raises(NonFinite):
+            engine.absorb(failing(vector(1), NAMES[3], NonFinite("no number")), act=Act.ADJUST)
+        engine.commit()
+        for each in (engine, unbroken):
+            each.merge(telling(vector(2)))
+        assert engine.totals == unbroken.totals
+        assert digest(engine) == digest(unbroken)
 
     def test_closing_twice_is_harmless(self, engine: Engine) -> None:
         with engine:

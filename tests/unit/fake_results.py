@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from fedmerge.deploy.report.results import Failure, MergeRow, Results, RuleResults, SiteTraffic
+from fedmerge.deploy.report.results import Failure, Learning, MergeRow, Results, RuleResults, SiteTraffic
 
 TASKS = (
     "sun397",
@@ -110,6 +110,44 @@ def fake_results(
             for n in range(1, failures + 1)
         ],
     )
+
+
+PRIVACY = {"clip": 1.0, "noise": 0.3, "delta": 1e-5, "sketch": 2.0}
+
+
+def fake_methods() -> Results:
+    """A run by five methods: a rule, FedProx in three sizes, and all tasks at once."""
+    names = ("fedprox+none", "opcm", "fedprox+bf16", "fedprox+int8", "joint")
+    results = fake_results(TASKS[:4], names)
+    proximal = Learning(
+        rule="fedavg",
+        start="merged",
+        rounds=2,
+        sites=3,
+        training={"prox": {"mu": 0.01}},
+        loop={"epochs": 1},
+        updates=48,
+        fine_tuned=dict.fromkeys(results.tasks, 0.8),
+    )
+    learned = {
+        "opcm": Learning(
+            rule="opcm", updates=48, up_bytes=48 * 6_000_000, fine_tuned=results.fine_tuned, epsilon=4.5
+        )
+    }
+    for compress, sent, cut in (("none", 6, None), ("bf16", 3, 0.002), ("int8", 1.5, 0.004)):
+        told = {"compress": compress, "up_bytes": int(48e6 * sent), "cut": cut, "epsilon": 9.25}
+        learned[f"fedprox+{compress}"] = proximal.model_copy(update=told)
+    rules = {
+        name: results.rules[name].model_copy(update={"learning": learning})
+        for name, learning in learned.items()
+    }
+    rules["joint"] = RuleResults.measured(
+        results.tasks,
+        [[0.99 - 0.01 * n for n in range(len(results.tasks))]],
+        results.rules["joint"].merges[:1],
+        learning=Learning(rule="average", joint=True, updates=1, up_bytes=6_000_000),
+    )
+    return results.model_copy(update={"rules": {name: rules[name] for name in names}})
 
 
 def _rule(

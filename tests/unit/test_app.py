@@ -1,22 +1,28 @@
 """Does the ServerApp run what its run config says, and refuse what it cannot mean?"""
 
 import json
+import tomllib
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from fake_service import FakeService
 from flwr.app import Context, RecordDict
+from flwr.common.config import flatten_dict
 from local_grid import LocalGrid, site
+from pydantic import BaseModel
 from serving_bench import base
 
 from fedmerge.common.errors import ConfigError
+from fedmerge.common.training import OPTIONS, Correction, LocalTraining, Loop
 from fedmerge.common.vectorfile import load
 from fedmerge.deploy.streams.example import TASKS
 from fedmerge.server import app as server
 from fedmerge.server.aggregator import Aggregator
 from fedmerge.server.engine.local import LocalEngine
+from fedmerge.server.merge import RULES, make_rule
 from fedmerge.server.serving import Serving
 
 BASE = "fedmerge.deploy.streams.example:build_model"
@@ -92,6 +98,29 @@ def test_a_mode_ignores_the_settings_of_the_other(tmp_path, steps, local_engine)
     )
     (settings,) = events(tmp_path, "settings")
     assert (settings["seed"], settings["timeout_seconds"], settings["announce_seconds"]) == (3, 70, 30)
+
+
+def test_flwr_run_may_set_every_key_and_finds_its_default():
+    def shown(default: object) -> object:
+        """As the run config has it; an empty string where there is no default."""
+        return "" if default in (None, ()) else str(default) if isinstance(default, Path) else default
+
+    def defaults(model: type[BaseModel]) -> dict[str, object]:
+        return {name: shown(field.default) for name, field in model.model_fields.items()}
+
+    wanted = {
+        key.replace("_", "-"): default
+        for model in reversed(server.CONFIGS)
+        for key, default in defaults(model).items()
+        if key not in server.OF_METHOD or key in server.RunConfig.model_fields
+    }
+    owners = {name: type(make_rule(name)) for name in RULES} | {
+        name: type(getattr(LocalTraining.chosen([name]), name)) for name in OPTIONS
+    }
+    for owner, model in (owners | {"loop": Loop, "correction": Correction}).items():
+        wanted |= {f"{owner}.{option}": default for option, default in defaults(model).items()}
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert flatten_dict(project["tool"]["flwr"]["app"]["config"]) == wanted
 
 
 # --- the two modes ---

@@ -309,6 +309,8 @@ def test_the_exit_code_says_whether_anything_failed(verdict: doctor.Verdict, cod
     assert doctor.report([Check("[tls]", verdict, "[found]", "[do]")], Console(file=out, width=120)) == code
     for text in ("[tls]", "[found]", "[do]", verdict):
         assert text in out.getvalue()
+    *_, last = out.getvalue().splitlines()
+    assert last == ("not ready: 1 of 1 checks failed" if code else "ready")
 
 
 SAID = {

@@ -10,10 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, RecordDict
+from flwr.common.config import parse_config_args
 from pydantic import BaseModel
 
+from fedmerge.client.app import site_config
 from fedmerge.common.errors import ConfigError, FileError
 from fedmerge.common.layers import LayerKind
+from fedmerge.common.privacy import Privacy
+from fedmerge.deploy.launch.client import supernode
 from fedmerge.deploy.launch.config import DERIVED, ClientConfig, Section, ServerConfig, read_config
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -84,13 +89,14 @@ def _without_folder(value: object, folder: Path) -> object:
 def test_commented_sections_of_the_examples_are_right_too(tmp_path: Path) -> None:
     for kind, name, _ in EXAMPLES:
         text = re.sub(
-            r"^# (\[tls\]|(?:ca|cert|key|crl|rows|num_gpus|max_staleness) = )",
+            r"^# (\[(?:tls|privacy)\]|(?:ca|cert|key|crl|rows|num_gpus|max_staleness|clip|noise|delta) = )",
             r"\1",
             (DEPLOY / name).read_text(),
             flags=re.MULTILINE,
         )
-        assert "\n[tls]" in text
-        assert read(kind, text, tmp_path).model_dump()["tls"]["ca"].is_relative_to(tmp_path)
+        found = read(kind, text, tmp_path).model_dump()
+        assert found["tls"]["ca"].is_relative_to(tmp_path)
+        assert kind is ServerConfig or (found["privacy"]["clip"], found["privacy"]["noise"]) == (1.0, 8.0)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,34 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 def test_a_function_is_found_by_module_or_by_file(base: str, wanted: str, tmp_path: Path) -> None:
     config = server(f'[model]\nbase = "{base}"\n', tmp_path)
     assert config.model.base == wanted.format(folder=tmp_path)
+
+
+def test_what_a_site_says_of_privacy_reaches_its_client_app(tmp_path: Path) -> None:
+    config = read(ClientConfig, CLIENT + "[privacy]\nclip = 1\nnoise = 0.5\nfisher = 1e-7\n", tmp_path)
+    assert isinstance(config, ClientConfig)
+    supernode(config)
+    told = parse_config_args([str(config.site.state / "node.toml")])
+    found = site_config(Context(1, 1, told, RecordDict(), {}))
+    assert found.privacy == Privacy(clip=1.0, noise=0.5, fisher=1e-7) == config.privacy
+    run = {"privacy.clip": 9.0, "privacy.noise": 0.0, "privacy.sketch": 9.0}
+    assert site_config(Context(1, 1, told, RecordDict(), run)).privacy == config.privacy
+
+
+def test_a_site_that_says_nothing_of_privacy_has_none(tmp_path: Path) -> None:
+    config = read(ClientConfig, CLIENT, tmp_path)
+    assert isinstance(config, ClientConfig)
+    supernode(config)
+    told = parse_config_args([str(config.site.state / "node.toml")])
+    assert site_config(Context(1, 1, told, RecordDict(), {})).privacy is None
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [("clip = 1.0", "privacy.noise"), ("clip = 0.0\nnoise = 1.0", "privacy.clip"), ("clipp = 1.0", "'clip'")],
+)
+def test_half_a_privacy_is_none_and_refused(table: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read(ClientConfig, f"{CLIENT}[privacy]\n{table}\n", tmp_path)
 
 
 def test_a_built_in_stream_keeps_its_name(tmp_path: Path) -> None:

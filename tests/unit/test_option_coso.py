@@ -259,3 +259,16 @@ def test_directions_are_the_fewest_with_the_energy():
     ]
     assert FrequentDirections.empty(4, 2, torch.device("cpu")).directions(0.9).shape == (4, 0)
     assert sketch.plus(torch.zeros(4, 2)).directions(1.0).shape == (4, 3)
+
+
+def test_history_grows_with_the_last_run_of_a_task_alone():
+    model, memory = nn.Linear(6, 4), {}
+    rows = TensorDataset(torch.randn(12, 6), torch.randn(12, 4))
+    task = Task("t", rows, rows, lambda m, b: (m(b[0]) - b[1]).square().mean(), lambda m, b: b[0])
+    training = LocalTraining.chosen(["coso"], {"coso": {"rank": 1, "energy": 0.5}})
+    config = TrainingConfig(steps=3, batch_size=4, learning_rate=0.01)
+    for round in range(3):
+        fine_tune(model, task, config, round, device="cpu", training=training, memory=memory, ends_task=False)
+    assert memory == {}
+    fine_tune(model, task, config, 3, device="cpu", training=training, memory=memory)
+    assert 0 < memory["coso/weight"].shape[1] < 4

@@ -197,9 +197,11 @@ def test_a_flower_app_is_told_the_learning_rate_and_what_the_site_adds():
         told.append({**message.content["config"], **context.node_config})
         return Message(RecordDict({"weights": message.content["arrays"]}), reply_to=message)
 
-    fit = flower_fit(look, node_config={"partition-id": 3}, train_config={"server-round": 5})
-    fit(network(), task(), TrainingConfig(learning_rate=0.25), 0)
-    assert told == [{"server-round": 5, "lr": 0.25, "partition-id": 3}]
+    settings = TrainingConfig(learning_rate=0.25)
+    flower_fit(look)(network(), task(), settings, 0)
+    more = flower_fit(look, node_config={"partition-id": 3}, train_config={"server-round": 5})
+    more(network(), task(), settings, 0)
+    assert told == [{"server-round": 1, "lr": 0.25}, {"server-round": 5, "lr": 0.25, "partition-id": 3}]
 
 
 def replied(message: Message, context: Context, arrays: dict[str, object]) -> Message:

@@ -62,6 +62,7 @@ def test_type_checkers_see_every_package() -> None:
             {
                 "common/wire.py",
                 "client/app.py",
+                "client/flower.py",
                 "client/memory.py",
                 "client/mods.py",
                 "server/app.py",
@@ -70,6 +71,8 @@ def test_type_checkers_see_every_package() -> None:
                 "server/learning.py",
                 "server/mailbox.py",
                 "server/publishing.py",
+                "server/roster.py",
+                "server/rounds.py",
                 "server/scoring.py",
                 "server/serving.py",
                 "server/strategy.py",

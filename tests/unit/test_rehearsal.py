@@ -1,8 +1,10 @@
 """Does the rehearsal tell a site that is ready from one that is not, and say where to look?"""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,12 @@ from small_tasks import CONFIG, loss, network, points, task
 from fedmerge.client.site import Site
 from fedmerge.client.tasks import Stream, Task
 from fedmerge.common.base import Base
+from fedmerge.common.errors import ConfigError
+from fedmerge.common.lookup import find_function
 from fedmerge.common.privacy import Privacy
 from fedmerge.deploy import doctor
 from fedmerge.deploy.checks import Check
+from fedmerge.deploy.launch.apart import answer
 from fedmerge.deploy.launch.config import ClientConfig
 from fedmerge.deploy.rehearsal import rehearsal, rehearse
 
@@ -77,16 +82,17 @@ def test_a_step_and_a_score_see_two_examples_and_the_data_no_more():
 
 
 def test_the_time_of_a_run_is_that_of_all_its_examples(monkeypatch):
-    ticks = iter(range(100))
-    monkeypatch.setattr("fedmerge.deploy.rehearsal.time.perf_counter", lambda: next(ticks))
-    config = {"epochs": 2, "batch_size": 10, "accumulate": 2}
-    slow = re.search(
-        r"([\d.]+ \w+) for a step of 2, at most about (.*)", rehearsed(training=config)["training"].found
-    )
-    assert slow is not None
-    step, unit = slow[1].split()
-    most = float(step) * 6 * 10  # 3 steps of 20 of 50 examples, twice
-    assert slow[2] == f"{most / 60:.1f} min for 6 steps of 20" if unit == "s" else unit == "min"
+    """Every step takes two seconds of a clock that the loss moves: 3 steps of 20 of 50 examples, twice."""
+    clock = [0.0]
+
+    def slow(model, batch):
+        clock[0] += 2.0
+        return loss(model, batch)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    found = rehearsed(lambda name: task(loss=slow), training={"epochs": 2, "batch_size": 10, "accumulate": 2})
+    said = "2.0 s for a step of 2, at most about 2.0 min for 6 steps of 20"
+    assert found["training"].found.endswith(said)
 
 
 def test_private_layers_stay_and_frozen_ones_do_not_count_as_moved():
@@ -97,7 +103,7 @@ def test_private_layers_stay_and_frozen_ones_do_not_count_as_moved():
 
 def test_the_update_is_as_private_as_it_would_be_sent():
     found = rehearsed(privacy=Privacy(clip=0.5, noise=8.0))["update"]
-    assert found.found.endswith("; norm at most 0.5, noise 8: epsilon 0.43 for one update at delta 1e-05")
+    assert found.found.endswith("; norm at most 0.5, noise 8: epsilon 0.434 for one update at delta 1e-05")
 
 
 def test_a_task_s_own_function_is_rehearsed_too():
@@ -165,9 +171,14 @@ def test_what_is_wrong_is_said_in_one_line_where_it_shows(changes, kind, said):
     assert "\n" not in str(check)
 
 
-def test_an_error_in_the_site_s_code_is_told_with_its_line():
-    check = failed(rehearsed(lambda name: task(loss=broken)))
-    assert check.do == f"See {__file__}, line {broken.__code__.co_firstlineno + 1}."
+def calls_torch_with_other_shapes(model, batch):
+    return model(batch[0][:, :2])
+
+
+@pytest.mark.parametrize("wrong", [broken, calls_torch_with_other_shapes])
+def test_an_error_is_told_with_the_line_of_the_site_s_code_that_led_to_it(wrong):
+    check = failed(rehearsed(lambda name: task(loss=wrong)))
+    assert check.do == f"See {__file__}, line {wrong.__code__.co_firstlineno + 1}."
 
 
 def test_a_task_that_cannot_be_loaded_does_not_keep_the_others_from_being_tried():
@@ -196,8 +207,8 @@ def test_a_learning_rate_of_zero_is_seen():
 # --- in a process of its own ---
 
 
-def test_the_rehearsal_has_a_process_of_its_own_and_writes_nothing(tmp_path: Path, monkeypatch):
-    """The stream prints, as anybody's code may, and ends its process where it is asked to."""
+def test_the_rehearsal_tells_what_it_found_and_writes_nothing(tmp_path: Path, monkeypatch, capsys):
+    """The process is this one here. The stream prints, as anybody's code may."""
     path = tmp_path / "mine.py"
     path.write_text(
         "from fedmerge.deploy.streams.example import example\n"
@@ -205,25 +216,49 @@ def test_the_rehearsal_has_a_process_of_its_own_and_writes_nothing(tmp_path: Pat
         "    print('loading ...', end='')\n"
         "    return example(options)\n"
     )
+
+    def here(function: str, *arguments: str, **_: object) -> object:
+        find_function(function, where="test")(*arguments)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
     monkeypatch.chdir(tmp_path)
-    config = config_of(
-        Privacy(clip=1.0, noise=1.0), task=f"{path}:mine", held=["plain"], state=tmp_path / "state"
-    )
-    found = list(rehearsal(config))
-    assert [check.name for check in found] == [
-        f"plain, {kind}" for kind in ("data", "training", "scoring", "update")
-    ]
-    assert {check.verdict for check in found} == {"ok"}
+    monkeypatch.setattr("fedmerge.deploy.rehearsal.answer", here)
+    spec, state = f"{path}:mine", tmp_path / "state"
+    found = list(rehearsal(config_of(Privacy(clip=1.0, noise=1.0), task=spec, held=["plain"], state=state)))
+    kinds = ("data", "training", "scoring", "update")
+    assert [(check.name, check.verdict) for check in found] == [(f"plain, {kind}", "ok") for kind in kinds]
     assert "epsilon 4.38" in found[-1].found
     assert {each.name for each in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
 
 
-def test_a_process_that_ends_early_is_a_failure(tmp_path: Path):
-    path = tmp_path / "mine.py"
-    path.write_text("def mine(options):\n    raise SystemExit('the disk with the images is not mounted')\n")
-    (check,) = rehearsal(config_of(task=f"{path}:mine"))
+@pytest.mark.parametrize(
+    ("function", "arguments", "said"),
+    [
+        ("sys:exit", ["the disk is not mounted"], "training: it ended: got the disk is not mounted"),
+        ("os:_exit", [], "TypeError"),
+        ("os:abort", [], r"got signal 6\. Is there enough memory\?"),
+        ("signal:pause", [], "got more than 0 s"),
+    ],
+)
+def test_a_process_that_does_not_answer_says_why(function, arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        answer(
+            function,
+            *arguments,
+            within=timedelta(seconds=0.4 if function == "signal:pause" else 60),
+            what="it ended",
+            where="training",
+        )
+
+
+def test_a_rehearsal_that_ends_early_is_a_failure(monkeypatch):
+    def killed(*_: object, **__: object) -> None:
+        raise ConfigError("the rehearsal ended early", got="signal 9")
+
+    monkeypatch.setattr("fedmerge.deploy.rehearsal.answer", killed)
+    (check,) = rehearsal(config_of())
     assert (check.name, check.verdict) == ("training", "FAIL")
-    assert "the disk with the images is not mounted" in check.found
+    assert "signal 9" in check.found
 
 
 def test_a_site_whose_tasks_cannot_be_loaded_is_told_once(monkeypatch, tmp_path: Path):

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
-from fake_results import RULES, TASKS, fake_results
+from fake_results import PRIVACY, RULES, TASKS, fake_methods, fake_results
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from fedmerge.deploy.report import figures
-from fedmerge.deploy.report.console import percent, print_summary
-from fedmerge.deploy.report.page import SVG_STYLE, format_bytes, render, summary, write_report
-from fedmerge.deploy.report.results import Results, RuleResults
+from fedmerge.deploy.report import figures, heatmaps
+from fedmerge.deploy.report.bytes_figure import accuracy_against_bytes, points
+from fedmerge.deploy.report.console import print_summary
+from fedmerge.deploy.report.learning import noun, ways
+from fedmerge.deploy.report.page import SVG_STYLE, render, write_report
+from fedmerge.deploy.report.results import Learning, Results, RuleResults
+from fedmerge.deploy.report.summary import summary
+from fedmerge.deploy.report.words import format_bytes, percent
 
 FIGURES = ("acc", "final", "forgetting", "norms", "traffic", "seconds")
 SIZES = [(1, 1), (1, 12), (2, 1), (8, 4), (20, 8)]
@@ -148,9 +152,9 @@ class TestFigures:
     @pytest.mark.parametrize(
         "draw",
         [
-            lambda results: figures.accuracy_matrix(results, RULES[0]),
+            lambda results: heatmaps.accuracy_matrix(results, RULES[0]),
             figures.accuracy_over_merges,
-            figures.forgetting,
+            heatmaps.forgetting,
             figures.traffic,
             figures.seconds,
         ],
@@ -179,11 +183,11 @@ class TestFigures:
 
     def test_matrices_of_all_rules_share_their_colours(self) -> None:
         results = fake_results()
-        limits = {figures.accuracy_matrix(results, rule).axes[1].get_ylim() for rule in RULES[:4]}
+        limits = {heatmaps.accuracy_matrix(results, rule).axes[1].get_ylim() for rule in RULES[:4]}
         assert len(limits) == 1
 
     def test_tasks_not_merged_yet_are_white_and_unmeasured_cells_hatched(self) -> None:
-        cells = figures.accuracy_matrix(fake_results(gap=True), RULES[0]).axes[0].patches
+        cells = heatmaps.accuracy_matrix(fake_results(gap=True), RULES[0]).axes[0].patches
         white = [cell for cell in cells if cell.get_facecolor() == (1, 1, 1, 1)]
         assert len(white) == 8 + 7 * 8 // 2  # the base, and the upper triangle
         assert len([cell for cell in cells if cell.get_hatch()]) == 8 - 3
@@ -202,18 +206,18 @@ class TestFigures:
 class TestConsole:
     @pytest.mark.parametrize(("tasks", "rules"), SIZES)
     def test_it_fits_eighty_columns_with_every_rule(self, tasks: int, rules: int) -> None:
-        out = self._print(fake_results(TASKS[:tasks], RULES[:rules]))
+        out = _printed(fake_results(TASKS[:tasks], RULES[:rules]))
         assert max(map(len, out.splitlines())) <= 80
         assert all(rule in out for rule in RULES[:rules])
         assert all(task[:12] in out for task in TASKS[:tasks])
 
     def test_markup_in_names_is_text(self) -> None:
-        out = self._print(fake_results(("[red]a[/red]", "[/]"), ("[b]r",)))
+        out = _printed(fake_results(("[red]a[/red]", "[/]"), ("[b]r",)))
         assert "[red]a[/red]" in out
         assert "[b]r" in out
 
     def test_failures_are_mentioned(self) -> None:
-        assert "2 failed" in self._print(fake_results(failures=2))
+        assert "2 failed" in _printed(fake_results(failures=2))
 
     @pytest.mark.parametrize(
         ("fraction", "text"), [(0.755, "+75.5"), (-0.0301, "-3.0"), (-0.0001, "0.0"), (None, "\N{EN DASH}")]
@@ -221,8 +225,155 @@ class TestConsole:
     def test_points_have_a_sign_and_no_minus_zero(self, fraction: float | None, text: str) -> None:
         assert percent(fraction, signed=True) == text
 
-    def _print(self, results: Results) -> str:
-        console = Console(file=io.StringIO(), width=80, color_system=None)
-        print_summary(results, console)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+    def test_names_of_methods_are_readable(self) -> None:
+        out = _printed(fake_methods())
+        assert max(map(len, out.splitlines())) <= 80
+        for name in fake_methods().rules:
+            assert sum(name in line for line in out.splitlines()) >= 3, name
+
+
+def _printed(results: Results) -> str:
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    print_summary(results, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+PROX = "prox (mu 0.01); loop (epochs 1)"
+
+
+@pytest.fixture(scope="module")
+def methods() -> Results:
+    return fake_methods()
+
+
+class TestMethods:
+    """A run whose methods train in ways of their own, one of which learned all tasks at once."""
+
+    def test_plain_rules_have_no_word_about_learning(self) -> None:
+        rules = {
+            name: result.model_copy(update={"learning": Learning(rule=name, rounds=2, sites=3)})
+            for name, result in fake_results().rules.items()
+        }
+        results = _without(fake_results(), rules=rules)
+        assert ways(results) == []
+        assert noun(results) == "rule"
+        assert 'id="learning"' not in render(results)
+        assert "how each was learned" not in _printed(results)
+
+    def test_the_table_tells_start_rounds_options_and_bytes(self, methods: Results) -> None:
+        (row,) = re.findall(r"<tr><td class=\"name\">fedprox\+int8</td>.*?</tr>", render(methods))
+        cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
+        assert cells[1:5] == ["fedavg", "merged model", "2 \N{MULTIPLICATION SIGN} 3", PROX]
+        assert cells[5] == 'int8 <span class="error">0.4 %</span>'
+        assert cells[6:] == ["48", "1.50 MB", "80.0"]
+
+    def test_a_setting_that_says_nothing_is_left_out(self) -> None:
+        training = {"lora": {"rank": 8, "targets": "", "alpha": None}}
+        learning = Learning(rule="opcm", training=training)
+        rules = {"opcm": fake_results().rules["opcm"].model_copy(update={"learning": learning})}
+        (way,) = ways(_without(fake_results(), rules=rules))
+        assert way.trained == "lora (rank 8)"
+
+    def test_the_summary_speaks_of_methods_and_ranks_no_ceiling(self, methods: Results) -> None:
+        text = summary(methods)
+        assert "4 sites learned 4 tasks by 5 methods, each of which led to one merged model" in text
+        assert "fedprox+none ended highest" in text
+        assert "a model that learned all tasks at once (joint) reaches" in text
+        assert "joint ended" not in text
+
+    def test_a_ceiling_alone_is_told_as_it_is(self, methods: Results) -> None:
+        alone = _without(methods, rules={"joint": methods.rules["joint"]})
+        assert "joint ended with a mean accuracy of" in summary(alone)
+        assert render(alone)
+
+    def test_all_tasks_at_once_is_one_merge_of_all_tasks(self, methods: Results) -> None:
+        joint = methods.rules["joint"]
+        assert methods.learned("joint") == [0] * len(methods.tasks)
+        assert joint.accuracy_so_far == [joint.acc]
+        assert (joint.bwt, joint.forgetting) == (None, None)
+        assert methods.brought("joint") == ["all tasks"]
+
+    def test_all_tasks_at_once_is_drawn_over_the_tasks_of_each_merge(self, methods: Results) -> None:
+        (line,) = [
+            line
+            for line in figures.accuracy_over_merges(methods).axes[0].lines
+            if line.get_label() == "joint"
+        ]
+        final = methods.final("joint")
+        means = [100 * sum(final[:n]) / n for n in range(1, len(final) + 1)]  # type: ignore[arg-type]
+        assert list(line.get_ydata()) == pytest.approx(means)
+
+    def test_all_tasks_at_once_has_no_forgetting_and_stands_at_the_end(self, methods: Results) -> None:
+        labels = [label.get_text() for label in heatmaps.forgetting(methods).axes[0].get_yticklabels()]
+        assert labels == [name for name in methods.rules if name != "joint"]
+        (line,) = [line for line in figures.norms(methods).axes[0].lines if line.get_label() == "joint"]
+        drawn = [place for place, norm in zip(*line.get_data(), strict=True) if norm == norm]
+        assert drawn == [len(methods.tasks)]
+
+    def test_the_last_line_of_a_matrix_is_the_sites_own(self, methods: Results) -> None:
+        ax = heatmaps.accuracy_matrix(methods, "fedprox+int8").axes[0]
+        assert ax.get_yticklabels()[-1].get_text() == "at the sites"
+        assert [text.get_text() for text in ax.texts][-len(methods.tasks) :] == ["80"] * len(methods.tasks)
+        plain = heatmaps.accuracy_matrix(methods, "opcm").axes[0]
+        assert plain.get_yticklabels()[-1].get_text() == "fine-tuned alone"
+
+    def test_without_models_of_single_tasks_there_is_no_word_of_them(self, methods: Results) -> None:
+        results = _without(methods, fine_tuned={})
+        assert "fine-tuned alone" not in [
+            text.get_text() for text in figures.accuracy_over_merges(results).legends[0].texts
+        ]
+        page = render(results)
+        assert "one fine-tuned model per task" not in page
+        assert "dashed line" not in page
+        assert "fine-tuned for one task each" not in summary(results)
+
+
+class TestBytes:
+    def test_a_point_is_the_mean_update_and_the_final_accuracy(self) -> None:
+        results = fake_methods()
+        found = {point.name: point for point in points(results)}
+        assert set(found) == set(results.rules) - {"joint"}
+        point = found["fedprox+int8"]
+        assert (point.family, point.compress, point.sent) == ("fedprox", "int8", 1_500_000)
+        assert point.acc == pytest.approx(100 * (results.rules["fedprox+int8"].acc or 0))
+        assert point.error == pytest.approx(100 * (results.sampling_error("fedprox+int8") or 0))
+
+    def test_sizes_of_one_method_are_joined_and_named(self) -> None:
+        ax = accuracy_against_bytes(fake_methods()).axes[0]
+        joined = [list(line.get_xdata()) for line in ax.lines if len(line.get_xdata()) == 3]
+        assert joined == [[1_500_000, 3_000_000, 6_000_000]]
+        assert [text.get_text() for text in ax.texts] == ["int8", "bf16", "none"]
+        assert ax.get_xscale() == "log"
+
+    def test_where_all_send_the_same_there_is_no_figure(self) -> None:
+        results = fake_methods()
+        same = {name: results.rules[name] for name in ("opcm", "fedprox+none")}
+        assert points(_without(results, rules=same)) == []
+        assert 'id="bytes"' not in render(_without(results, rules=same))
+        assert 'id="bytes"' in render(results)
+
+
+class TestPrivacy:
+    def test_noise_comes_with_its_epsilon(self) -> None:
+        results = _without(fake_methods(), privacy=PRIVACY)
+        page = render(results)
+        assert "clipped to an L2 norm of 1 " in page
+        assert "a standard deviation of 0.3 times that bound. Statistics" in page
+        assert "a bound for each kind: sketch 2." in page
+        assert "at delta = 1e-05" in page
+        assert '<th>whole run</th><th class="n">9.25</th>' in page
+        assert "docs/privacy.md" in page
+        assert "epsilon of a site's data is 9.25" in summary(results)
+        assert "epsilon 9.25 at delta 1e-05" in " ".join(_printed(results).split())
+
+    def test_without_noise_there_is_no_guarantee(self) -> None:
+        results = _without(fake_methods(), privacy=PRIVACY | {"noise": 0.0})
+        assert "No guarantee." in render(results)
+        assert "guarantees no privacy" in summary(results)
+        assert "no noise: no guarantee" in _printed(results)
+
+    def test_without_privacy_there_is_no_word_of_it(self) -> None:
+        results = fake_methods()
+        assert 'id="privacy"' not in render(results)
+        assert "epsilon" not in summary(results) + _printed(results)

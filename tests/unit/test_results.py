@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_results import RULES, TASKS, fake_results
+from fake_results import PRIVACY, RULES, TASKS, fake_methods, fake_results
 from pydantic import ValidationError
 
 from fedmerge.common.errors import ConfigError, FileError
-from fedmerge.deploy.report.results import Results, RuleResults, load, save
+from fedmerge.deploy.report.results import Learning, Results, RuleResults, load, save
 
 
 def _lines(path: Path) -> list[dict[str, str]]:
@@ -39,6 +39,10 @@ class TestRoundTrip:
     def test_saved_results_load_equal(self, tmp_path: Path) -> None:
         results = fake_results(gap=True, failures=1)
         assert load(save(results, tmp_path / "new" / "folder")) == results
+
+    def test_how_sites_learned_is_kept(self, tmp_path: Path) -> None:
+        results = fake_methods().model_copy(update={"privacy": PRIVACY})
+        assert load(save(results, tmp_path)) == results
 
     def test_a_folder_will_do(self, tmp_path: Path) -> None:
         save(fake_results(), tmp_path)
@@ -166,6 +170,30 @@ class TestResults:
         result = RuleResults.measured(TASKS[:2], [[0.9, 0.1], [0.6, 0.8]], merges)
         assert (result.acc, result.bwt, result.forgetting) == pytest.approx((0.7, -0.3, 0.3))
         assert result.accuracy_so_far == pytest.approx([0.9, 0.7])
+
+    def test_all_tasks_at_once_are_learned_by_one_merge(self) -> None:
+        merges = fake_results(TASKS[:2], RULES[:1]).rules[RULES[0]].merges[:1]
+        joint = Learning(rule="average", joint=True)
+        result = RuleResults.measured(TASKS[:2], [[0.9, 0.5]], merges, learning=joint)
+        assert result.learned(TASKS[:2]) == [0, 0]
+        assert (result.acc, result.bwt, result.forgetting) == (pytest.approx(0.7), None, None)
+        assert result.accuracy_so_far == pytest.approx([0.7])
+        plain = RuleResults.measured(TASKS[:2], [[0.9, 0.5]], merges)
+        assert (plain.learned(TASKS[:2]), plain.accuracy_so_far) == ([0, None], [0.9])
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"start": "merged"},
+            {"joint": True},
+            {"training": {"tangent": {}}},
+            {"loop": {"epochs": 1}},
+            {"compress": "int8"},
+        ],
+    )
+    def test_learning_is_plain_without_any_departure(self, change: dict[str, Any]) -> None:
+        assert Learning(rule="opcm", rounds=5, sites=3, epsilon=1.0).plain
+        assert not Learning(rule="opcm", **change).plain
 
     def test_final_is_the_last_row_or_unmeasured(self) -> None:
         results = fake_results(TASKS[:2], RULES[:1])

@@ -9,10 +9,15 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from local_grid import FakeClock, Fault, LocalGrid, federate, merged_bits, sent_vector, site, vector_in
 
 from fedmerge.common import wire
+from fedmerge.common.base import Base
 from fedmerge.common.errors import ConfigError, MismatchError, StoreDamaged
+from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.training import Correction, LocalTraining
 from fedmerge.deploy.streams.example import TASKS, build_model
+from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.layout import Site, TaskRun
+from fedmerge.server.merge import make_rule
+from fedmerge.server.model import GlobalModel
 from fedmerge.server.standing import Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -90,7 +95,7 @@ def test_one_task_follows_another_and_says_which_version_it_starts_from(rounds):
 
 def test_only_the_last_round_is_scored_at_the_sites(rounds):
     run, grid = rounds
-    assert [job.score for job in jobs(grid)] == [False, False, True, True] * 2
+    assert [job.last for job in jobs(grid)] == [False, False, True, True] * 2
     assert {task: len(found) for task, found in run.fine_tuned.items()} == {"plain": 2, "shuffled": 2}
 
 
@@ -149,6 +154,38 @@ def test_a_task_that_brings_nothing_three_times_is_given_up_and_the_next_begins(
     assert [event["task"] for event in run.history.of("merged")] == ["shuffled"]
 
 
+def losing(*rounds: int) -> list[Fault]:
+    """Both sites fail in these rounds of the first task."""
+    return [Fault(node, "train", nth=nth, error="away") for node in (11, 12) for nth in rounds]
+
+
+@pytest.mark.parametrize(
+    ("rule", "start", "rounds", "lost"),
+    [
+        ("fisher", "base", 3, (2,)),
+        ("regmean", "base", 3, (2,)),
+        ("holistic", "merged", 2, (2,)),
+        ("perturb_and_merge", "merged", 6, (2, 3, 4)),
+    ],
+)
+def test_a_task_that_ends_without_the_statistics_a_rule_needs_is_left_out(rule, start, rounds, lost):
+    layout = LAYOUT | {"start": start, "tasks": TASKS[:1]}
+    run = federate(two_sites(*losing(*lost)), rule, rounds=rounds, **layout)
+    assert run.merged == []
+    (failed,) = [event for event in run.history.of("failed") if event["phase"] == "merge"]
+    assert (failed["task"], "statistics" in failed["reason"]) == ("plain", True)
+
+
+@pytest.mark.parametrize(("rounds", "lost"), [(2, (2,)), (6, (2, 3, 4))])
+def test_rounds_stay_merged_if_the_last_is_lost_and_it_is_said_what_is_missing(rounds, lost):
+    run = federate(two_sites(*losing(*lost)), "fot", rounds=rounds, **LAYOUT | {"tasks": TASKS[:1]})
+    assert [event["task"] for event in run.history.of("merged")] == ["plain"]
+    engine = run.models["fot"].engine
+    assert all(engine.rule.shown(engine.state(name)) is None for name in engine.touched)
+    (failed,) = [event for event in run.history.of("failed") if event["phase"] == "merge"]
+    assert (failed["task"], "statistics" in failed["reason"]) == ("plain", True)
+
+
 # --- rules that take steps once per task ---
 
 
@@ -172,6 +209,34 @@ def test_a_step_that_a_rule_does_not_take_is_merged_as_the_vector_from_the_base(
         assert torch.allclose(weights(run, "average")[name], weight + sum(tau) / 2, atol=1e-6)
 
 
+def test_what_a_step_is_merged_as_stays_the_same_when_it_is_read_again():
+    """An engine reads it again when a worker dies, by then with another model current."""
+    base = Base.from_model(build_model())
+    ones = TaskVector.of({name: torch.ones(layer.shape) for name, layer in base.merged_layers.items()})
+    with LocalEngine(make_rule("average"), base.layers.values(), workers=1) as engine:
+        model, given, absorb = GlobalModel(base, engine), [], engine.absorb
+        engine.absorb = lambda vector, *args, **named: (given.append(vector), absorb(vector, *args, **named))[
+            1
+        ]
+        model.merge(ones)
+        model.merge(ones, step=True)
+        assert bool((given[1].read("0.weight").to_dense() == 2.0).all())
+
+
+# --- updates as factors ---
+
+
+@pytest.mark.parametrize(("rule", "start"), [("fedavg", "merged"), ("average", "base")])
+def test_many_rounds_of_factors_take_no_more_room_than_the_layer(rule, start):
+    training = LocalTraining.chosen(["lora"], {"lora": {"rank": 4}, "loop": {"steps": 1}})
+    grid = two_sites()
+    layout = LAYOUT | {"start": start, "training": training, "tasks": TASKS[:1]}
+    federate(grid, rule, rounds=6, evaluate=False, **layout)
+    sizes = [wire.bytes_in(m.content) for m in grid.pushed if m.metadata.message_type == wire.TRAIN]
+    weights = sum(tensor.nbytes for tensor in build_model().state_dict().values())
+    assert max(sizes) < 2 * weights
+
+
 # --- all tasks at once ---
 
 
@@ -182,6 +247,13 @@ def test_jointly_learned_tasks_are_one_update():
     assert (job.task, job.also) == ("plain", ("shuffled", "reversed"))
     assert set(run.fine_tuned) == set(TASKS)
     assert all(run.score("average", 1, task) for task in TASKS)
+
+
+def test_a_site_that_joins_late_adds_no_task_to_what_is_learned_jointly():
+    grid = LocalGrid({11: site("a", *TASKS[:2])}, late={12: (2, site("b", *TASKS))})
+    run = federate(grid, "average", joint=True, training=SHORT)
+    assert [(job.task, job.also) for job in jobs(grid)] == [("plain", ("shuffled",))]
+    assert len(run.merged) == 1
 
 
 # --- corrections ---
@@ -235,14 +307,15 @@ def test_without_any_correction_the_version_stays_as_it_was_merged():
     assert merged_bits(run, "holistic") == merged_bits(plain, "holistic")
 
 
-def test_a_correction_from_another_version_is_refused():
+@pytest.mark.parametrize("origin", [0, 1])
+def test_a_correction_from_another_version_is_refused(origin):
     def stale(content: RecordDict) -> RecordDict:
         vector = wire.unpack_vector(content, wire.VECTOR, where="")
         from dataclasses import replace
 
         from fedmerge.common.vectorfile import to_bytes
 
-        older = replace(vector, manifest=replace(vector.manifest, origin_version=1))
+        older = replace(vector, manifest=replace(vector.manifest, origin_version=origin))
         return RecordDict({**content, wire.VECTOR: wire.pack_vector(to_bytes(older))})
 
     grid = two_sites(Fault(11, wire.CORRECT, tamper=stale))
@@ -261,7 +334,7 @@ def test_two_rules_cannot_both_be_the_merged_model_that_sites_start_from():
         federate(two_sites(), "fedavg", "opcm", **LAYOUT)
 
 
-@pytest.mark.parametrize(("rule", "start"), [("opcm", "merged"), ("holistic", "base")])
+@pytest.mark.parametrize(("rule", "start"), [("opcm", "merged"), ("holistic", "base"), ("fedavg", "merged")])
 def test_a_correction_needs_steps_from_the_merged_model(rule, start):
     with pytest.raises(ConfigError, match="a correction needs"):
         federate(two_sites(), rule, **LAYOUT | {"start": start}, correction=Correction())
@@ -372,3 +445,77 @@ def test_the_folder_holds_one_generation_and_is_removed_on_request(tmp_path):
     assert len(numbers) == 1
     Checkpoints(folder).clear()
     assert not folder.exists()
+
+
+def stopped(folder: Path, grid: LocalGrid, rule: str, **layout: object) -> None:
+    with pytest.raises(Stopped):
+        federate(grid, rule, checkpoints=Checkpoints(folder, 1), **layout)
+
+
+def test_tasks_keep_their_turn_if_other_sites_are_there_after_the_stop(tmp_path):
+    """Site b came alone and brought its task first; a is there from the start of the second process."""
+    layout = {"start": "merged", "training": SHORT, "rounds": 2}
+    b, a = site("b", "shuffled", "reversed"), site("a", "plain", "shuffled")
+    stopped(tmp_path, StoppingGrid({12: b}, after=3), "fedavg", **layout)
+    grid = LocalGrid({11: a, 12: b})
+    run = federate(grid, "fedavg", checkpoints=Checkpoints(tmp_path, 1), **layout)
+    assert [task.task for task in run.merged] == ["shuffled", "reversed", "plain"]
+    assert [(job.task, job.round) for job in jobs(grid)][:2] == [("reversed", 2), ("plain", 1)]
+    assert run.history.of("failed") == []
+
+
+def test_a_merged_task_that_nobody_holds_any_more_stays_merged(tmp_path):
+    layout = {"start": "merged", "training": SHORT, "tasks": ("shuffled", "plain")}
+    sites = {11: site("a", "plain"), 12: site("b", "shuffled")}
+    stopped(tmp_path, StoppingGrid(sites, after=1), "fedavg", **layout)
+    grid = LocalGrid({11: site("a", "plain")})
+    run = federate(grid, "fedavg", checkpoints=Checkpoints(tmp_path, 1), **layout)
+    assert [task.task for task in run.merged] == ["shuffled", "plain"]
+    assert [job.task for job in jobs(grid)] == ["plain"]
+    assert run.score("fedavg", 2, "plain") is not None
+
+
+def test_a_task_under_way_that_nobody_holds_any_more_is_an_error(tmp_path):
+    layout = {"start": "merged", "training": SHORT, "tasks": ("shuffled", "plain"), "rounds": 3}
+    sites = {11: site("a", "plain"), 12: site("b", "shuffled")}
+    stopped(tmp_path, StoppingGrid(sites, after=2), "fedavg", **layout)
+    with pytest.raises(MismatchError, match="nobody holds the task that is under way: got shuffled"):
+        federate(LocalGrid({11: sites[11]}), "fedavg", checkpoints=Checkpoints(tmp_path, 1), **layout)
+
+
+def test_a_run_stopped_after_a_lost_round_goes_on_like_an_unbroken_one(tmp_path):
+    layout = LAYOUT | {"rounds": 3, "tasks": TASKS[:1]}
+    sites = {11: site("a"), 12: site("b")}
+    whole = federate(two_sites(*losing(2)), "fedavg", **layout)
+    stopped(tmp_path, StoppingGrid(sites, losing(2), after=4), "fedavg", **layout)
+    faults = [Fault(node, "train", nth=1, error="away") for node in sites]
+    resumed = federate(two_sites(*faults), "fedavg", checkpoints=Checkpoints(tmp_path, 1), **layout)
+    assert merged_bits(resumed, "fedavg") == merged_bits(whole, "fedavg")
+    assert [event["round"] for event in resumed.history.of("round")] == [1, 3]
+
+
+def test_scores_after_the_last_round_count_once_if_a_task_is_learned_again(tmp_path):
+    """Site c has taught its task when the first is merged, and the process stops before b has."""
+    layout = {"tasks": TASKS, "training": SHORT}
+    apps = {node: site(name, task) for node, name, task in zip((11, 12, 13), "abc", TASKS, strict=True)}
+    clock = FakeClock(tick=0.01)
+    faults = [Fault(11, wire.TRAIN, delay=0.5), Fault(12, wire.TRAIN, delay=50.0)]
+    grid = StoppingGrid(apps, faults, clock=clock, after=4, kind=wire.EVALUATE)
+    with pytest.raises(Stopped):
+        federate(grid, "opcm", checkpoints=Checkpoints(tmp_path, 1), clock=clock, **layout)
+    grid = LocalGrid(apps)
+    resumed = federate(grid, "opcm", checkpoints=Checkpoints(tmp_path, 1), **layout)
+    assert sorted(job.task for job in jobs(grid)) == sorted(TASKS[1:])
+    assert {task: len(found) for task, found in resumed.fine_tuned.items()} == dict.fromkeys(TASKS, 1)
+
+
+def test_what_went_wrong_before_a_run_went_on_stays_in_its_history(tmp_path):
+    layout = LAYOUT | {"rounds": 3}
+    apps = {11: site("a"), 12: site("b"), 13: site("c")}
+    refused = [Fault(13, wire.HELLO, error="no")]
+    stopped(tmp_path, StoppingGrid(apps, refused, after=3), "fedavg", **layout)
+    run = federate(LocalGrid(apps, refused), "fedavg", checkpoints=Checkpoints(tmp_path, 1), **layout)
+    said = [(event["site"], event["phase"]) for event in run.history.of("failed")]
+    assert said == [("node 13", "hello")] * 2
+    kinds = [event["event"] for event in run.history.events]
+    assert kinds.index("round") < kinds.index("resumed")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_contract import LAYERS, NAMES, RULES, digest, vector
+from engine_contract import LAYERS, NAMES, RULES, STEPPING, digest, telling, vector
 
 from fedmerge.common.errors import MismatchError, StoreDamaged
 from fedmerge.common.header import read_header
 from fedmerge.common.writing import write_checkpoint
 from fedmerge.server import snapshot
+from fedmerge.server.engine.engine import Act
 from fedmerge.server.engine.local import LocalEngine
 from fedmerge.server.merge import make_rule
 from fedmerge.server.merge.rule import Rule, tensors_of
@@ -50,6 +51,24 @@ def test_it_goes_on_with_the_same_bits(rule: Rule, rank: int | None, tmp_path: P
         for each in (engine, again):
             each.merge(vector(2, rank=rank))
         assert digest(again) == digest(engine)
+
+
+@pytest.mark.parametrize("name", STEPPING)
+def test_rules_that_take_steps_go_on_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    made = make_rule(name, {"budget": 0.4} if name.startswith("fot") else {})
+    with engine_of(made) as engine, engine_of(made) as again:
+        for seed in (0, 1, 2):
+            engine.absorb(telling(vector(seed), seed), relative=True)
+            engine.commit()
+        snapshot.restore(again, BASE, written(engine, tmp_path / "s"))
+        for each in (engine, again):
+            each.absorb(vector(3, rank=1), act=Act.ADJUST)
+            each.commit()
+            each.absorb(telling(vector(4), 4), relative=True)
+            each.commit()
+        assert again.totals == engine.totals
+        assert digest(again) == digest(engine)
+        assert written(again, tmp_path / "2").read_bytes() == written(engine, tmp_path / "1").read_bytes()
 
 
 def test_the_same_state_gives_the_same_bytes(rule: Rule, tmp_path: Path) -> None:
