@@ -27,16 +27,21 @@ from fedmerge.server.methods import PRESETS, make_method
 
 if __name__ == "__main__":
     loop = {"loop": {"steps": 30}, "lora": {"rank": 4}, "stop": {"every": 10, "held_out": 0.25}}
+    of_presets = {name for preset in PRESETS.values() for name in preset.options}
+    rules = {"project": "fot"}
     methods = [
-        replace(make_method("fot" if name == "project" else "average", loop, [name]), name=name)
+        replace(make_method(rules.get(name, "average"), loop, [name]), name=name)
         for name in OPTIONS
+        if name not in of_presets
     ]
     methods += [make_method(name, loop) for name in ("average", *PRESETS)]
     methods += [replace(make_method("average", loop, compress="int8"), name="int8")]
-    config = SimulationConfig(stream="example", tasks=2, sites=2, sites_per_task=2, rounds=2, workers=1)
+    config = SimulationConfig(stream="example", tasks=2, sites=2, sites_per_task=2, rounds=2)
     simulate(config, methods, Path(sys.argv[1]), RunProgress(Console(quiet=True)))
 """
-NAMES = (*OPTIONS, "average", *PRESETS, "int8")
+OF_PRESETS = {name for preset in PRESETS.values() for name in preset.options}
+NAMES = (*(name for name in OPTIONS if name not in OF_PRESETS), "average", *PRESETS, "int8")
+"""Options that belong to no preset alone, and all presets."""
 
 
 @pytest.fixture(scope="module")

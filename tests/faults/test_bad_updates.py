@@ -352,10 +352,14 @@ def test_layers_that_do_not_fit_the_base_are_refused_by_name(refused, data, erro
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.int8, torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]
+    "dtype", [torch.bool, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]
 )
 def test_a_dtype_that_is_not_documented_is_refused(refused, dtype):
     refused(DtypeMismatch, small({"w": ones(8, 6), "b": ones(4).to(dtype)}), layer="b")
+
+
+def test_integers_without_their_scales_are_refused(refused):
+    refused(FileError, small({"w": ones(8, 6), "b": ones(4).to(torch.int8)}), layer="b")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
