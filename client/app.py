@@ -33,7 +33,7 @@ from fedmerge.client.outgoing import Outgoing, outgoing
 from fedmerge.client.resume import RunCheckpoint
 from fedmerge.client.site import Site, open_site
 from fedmerge.client.state import Result, SiteState
-from fedmerge.client.tasks import StreamOptions, Task
+from fedmerge.client.tasks import StreamOptions
 from fedmerge.client.training import OnStep
 from fedmerge.common import wire
 from fedmerge.common.base import Base
@@ -126,7 +126,8 @@ def make_client_app(config: SiteConfig | None = None, mods: Sequence[Mod] = ()) 
 
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return Message(_evaluate(config or site_config(context), message.content), reply_to=message)
+        mine = config or site_config(context)
+        return Message(_evaluate(mine, message.content, recalled(context)), reply_to=message)
 
     @client.query("publish")
     def publish(message: Message, context: Context) -> Message:
@@ -273,6 +274,7 @@ def _learned(
         origin=origin,
         origin_version=version,
         from_base=job.held,
+        heads=memory.heads(job.task, job.learning),
         device=config.device,
         on_step=_progress(label, job.task),
         needs=job.needs,
@@ -285,6 +287,8 @@ def _learned(
         ends_task=job.last,
         checkpoint=checkpoint,
     )
+    for name in (job.task, *job.also):
+        memory.keep_heads(name, site.heads())
     numbers: dict[str, int | float] = {
         "num-examples": report.examples,
         "train-loss": report.mean_loss,
@@ -353,6 +357,7 @@ def _correct(config: SiteConfig, label: str, content: RecordDict, memory: SiteMe
         origin_version=job.origin_version,
         device=config.device,
         tangent=training.tangent is not None,
+        heads=memory.heads(job.task, memory.learning),
     )
     sent = outgoing(vector, config.privacy, Compression(), memory)
     numbers = {
@@ -403,7 +408,9 @@ def _score_version(config: SiteConfig, state: SiteState, job: PublishJob) -> Met
     started = time.perf_counter()
     tasks = [site.task(name, 0, 1, "iid", job.seed) for name in job.tasks]
     assert state.merged is not None, "this version has just been installed"
-    scores = site.score(tasks, load(state.merged), config.device)
+    memory = state.memory()
+    heads = {task.name: memory.heads(task.name, memory.learning) for task in tasks}
+    scores = site.score(tasks, load(state.merged), config.device, heads=heads)
     found = wire.pack_scores({(wire.PUBLISHED, name): score for name, score in scores.items()})
     return MetricRecord({"score-seconds": time.perf_counter() - started, **found})
 
@@ -427,7 +434,7 @@ def _holding(holding: Holding, metrics: MetricRecord) -> RecordDict:
     return RecordDict({wire.JOB: wire.pack_job(holding), wire.METRICS: metrics})
 
 
-def _evaluate(config: SiteConfig, content: RecordDict) -> RecordDict:
+def _evaluate(config: SiteConfig, content: RecordDict, memory: SiteMemory) -> RecordDict:
     job = wire.unpack_job(EvaluateJob, content, where="evaluate request")
     site = _open(config)
     _check_base(job.base, site.base)
@@ -437,21 +444,14 @@ def _evaluate(config: SiteConfig, content: RecordDict) -> RecordDict:
         for name, part, parts in zip(job.tasks, job.part, job.parts, strict=True)
     ]
     scores: dict[tuple[str, str], Score] = {}
+    heads = {name: memory.heads(name, job.learning) for name in job.learned}
     for rule, merged in _merged_models(content, site.base):
-        scores |= {
-            (rule, name): found
-            for name, found in _scored(site, tasks, merged, config.device, job.tangent).items()
-        }
+        if merged is None:
+            site.reset()
+        found = site.score(tasks, merged, config.device, job.tangent, heads)
+        scores |= {(rule, name): score for name, score in found.items()}
     metrics = MetricRecord({"score-seconds": time.perf_counter() - started, **wire.pack_scores(scores)})
     return RecordDict({wire.METRICS: metrics})
-
-
-def _scored(
-    site: Site, tasks: list[Task], merged: TaskVector | None, device: str, tangent: bool
-) -> dict[str, Score]:
-    if merged is None:
-        site.reset()
-    return site.score(tasks, merged, device, tangent)
 
 
 def _merged_models(content: RecordDict, base: Base) -> list[tuple[str, TaskVector | None]]:

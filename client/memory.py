@@ -1,5 +1,5 @@
-"""What a site keeps from one local run to the next: what it has not sent yet, what its options remember, and
-how often it has released something.
+"""What a site keeps from one local run to the next: private layers of its tasks, what it has not sent yet,
+what its options remember, and how often it has released something.
 
 In a run of Flower it lies in the node's context, in serving mode in the site's folder
 (:class:`fedmerge.client.state.SiteState`). It belongs to one way of learning: another begins anew, but for
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
@@ -19,13 +20,16 @@ from fedmerge.client.compress import forget
 
 RECORD, ABOUT = "fedmerge.memory", "fedmerge.memory-of"
 
+HEADS = "heads/"
+"""Begins the keys of private layers, followed by the task's name without slashes, and the layer's."""
+
 
 @dataclass
 class SiteMemory:
     """A site's memory.
 
     Attributes:
-        tensors: by keys that begin with what they are of; float32, on the CPU.
+        tensors: by keys that begin with what they are of, on the CPU.
         learning: of which way of learning. ``task``: the last that was learned.
         releases: Gaussian releases so far, of vectors and of statistics.
     """
@@ -37,15 +41,36 @@ class SiteMemory:
 
     def begin(self, learning: str, task: str, round: int) -> None:
         """Gets ready for a run: what another way of learning left is dropped, and what was not sent of
-        another task."""
+        another task. With its first round a task begins anew, also where that is asked for again."""
         if learning != self.learning:
             self.tensors.clear()
         if (learning, task) != (self.learning, self.task) or round == 1:
             forget(self.tensors)
+        if round == 1:
+            for name in self.heads(task, learning):
+                del self.tensors[_head(task) + name]
         self.learning, self.task = learning, task
+
+    def heads(self, task: str, learning: str) -> dict[str, Tensor]:
+        """The private layers that a task was last learned with in this way; none if it was not."""
+        if learning != self.learning:
+            return {}
+        prefix = _head(task)
+        return {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
+
+    def keep_heads(self, task: str, heads: Mapping[str, Tensor]) -> None:
+        """Keeps the private layers of a task; of bfloat16, which not every record can hold, as float32."""
+        for name, tensor in heads.items():
+            wide = tensor.float() if tensor.dtype is torch.bfloat16 else tensor
+            kept = wide.detach().cpu().clone(memory_format=torch.contiguous_format)
+            self.tensors[_head(task) + name] = kept
 
     def facts(self) -> dict[str, str | int]:
         return {"learning": self.learning, "task": self.task, "releases": self.releases}
+
+
+def _head(task: str) -> str:
+    return f"{HEADS}{quote(task, safe='')}/"
 
 
 def recalled(context: Context) -> SiteMemory:

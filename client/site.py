@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from glob import escape
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from fedmerge.common.score import Score
 from fedmerge.common.statistics import Statistic, Statistics
 from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.common.training import PLAIN, Correction, LocalTraining, Loop, SketchSpec
+
+NONE: Mapping[str, Tensor] = MappingProxyType({})
+NO_HEADS: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Site:
         origin: TaskVector | None = None,
         origin_version: int = 0,
         from_base: bool = False,
+        heads: Mapping[str, Tensor] = NONE,
         device: str = "auto",
         on_step: OnStep | None = None,
         needs: Collection[str] = (),
@@ -76,6 +81,7 @@ class Site:
         Args:
             origin_version: the version that ``origin`` is, 0 if it is none.
             from_base: measures the vector from the base instead, every layer and whole.
+            heads: weights of private layers to start from, in place of those the model was built with.
             needs: names of statistics that come with the vector, of every layer that it stores.
             training: what departs from the stream's training. ``also``: tasks to learn at the same time; the
                 stream's number of steps is meant for each.
@@ -92,6 +98,7 @@ class Site:
         training = self._with_heads(training or PLAIN)
         check_fit([task, *also], training, needs)
         started, moments = self._start(origin), dict[str, Tensor]()
+        put(self.model, self._with_built(heads))
 
         def keep_moments(optimizer: Optimizer) -> None:
             if Statistic.SECOND_MOMENT in needs:
@@ -192,11 +199,12 @@ class Site:
         origin_version: int,
         device: str = "auto",
         tangent: bool = False,
+        heads: Mapping[str, Tensor] = NONE,
     ) -> tuple[TaskVector, CorrectionReport]:
         """Fits a projection of the merged model to the representation by the model before it.
 
         Args:
-            origin_version: the number of ``merged``.
+            origin_version: the number of ``merged``. ``heads``: private layers the task was learned with.
 
         Returns:
             What is to be added to ``merged``: a vector of the fitted layers, all others unchanged.
@@ -208,8 +216,8 @@ class Site:
         changes, report = correct(
             self.model,
             task,
-            dict(merged.apply(self.base)),
-            dict(previous.apply(self.base)),
+            {**dict(merged.apply(self.base)), **self._with_built(heads)},
+            {**dict(previous.apply(self.base)), **self._with_built(heads)},
             settings,
             layers=matrices,
             seed=seed,
@@ -226,20 +234,42 @@ class Site:
         merged: TaskVector | None = None,
         device: str = "auto",
         tangent: bool = False,
+        heads: Mapping[str, Mapping[str, Tensor]] = NO_HEADS,
     ) -> dict[str, Score]:
         """Scores of the base plus a merged vector, by task; the model itself as it is if None.
 
         Args:
             tangent: of the model's linearisation at the base.
+            heads: by task, the private layers that it was learned with; others have those the model was built
+                with.
         """
         if merged is not None:
             put(self.model, dict(merged.apply(self.base)))
-        batch = self.stream.training.eval_batch_size
-        with linearised(self.model, self._weights()) if tangent else nullcontext():
-            return {task.name: score(self.model, task, batch, device) for task in tasks}
+        found = {}
+        for task in tasks:
+            if merged is not None or task.name in heads:
+                put(self.model, self._with_built(heads.get(task.name, NONE)))
+            with linearised(self.model, self._weights()) if tangent else nullcontext():
+                found[task.name] = score(self.model, task, self.stream.training.eval_batch_size, device)
+        return found
+
+    def heads(self) -> dict[str, Tensor]:
+        """Copies of the private layers as the model has them now."""
+        held = self.model.state_dict()
+        return {name: held[name].detach().clone() for name in self._built_heads()}
+
+    def _built_heads(self) -> dict[str, Tensor]:
+        """The private layers that the model was built with."""
+        private = LayerKind.PRIVATE
+        return {name: self.base.read(name) for name, spec in self.base.layers.items() if spec.kind is private}
+
+    def _with_built(self, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every private layer: as kept, or as built where none is kept that fits the model as it is today."""
+        built = self._built_heads()
+        return {name: heads[name] if _fits(heads.get(name), t) else t for name, t in built.items()}
 
     def _weights(self) -> dict[str, Tensor]:
-        """The base's own weights; private layers as the model has them."""
+        """The base's own weights, private layers as they were built; what it lacks as the model has it."""
         held = {name: self.base.read(name) for name in self.base.layers}
         return {**self.model.state_dict(), **held}
 
@@ -262,6 +292,10 @@ def open_site(stream: str, options: StreamOptions) -> Site:
     loaded = load_stream(stream, options)
     model = loaded.build_model()
     return Site(loaded, model, Base.from_model(model, loaded.private))
+
+
+def _fits(kept: Tensor | None, built: Tensor) -> bool:
+    return kept is not None and kept.shape == built.shape
 
 
 @torch.no_grad()

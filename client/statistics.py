@@ -151,9 +151,9 @@ def second_moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     correction. Parameters that were not trained have none.
 
     Raises:
-        ConfigError: another optimizer, or one that trained none of the model's own parameters.
+        ConfigError: another optimizer, or one that trained other parameters than the model's own.
     """
-    if not isinstance(optimizer, AdamW) or not any(p in optimizer.state for p in model.parameters()):
+    if not isinstance(optimizer, AdamW) or optimizer.state.keys() - set(model.parameters()):
         raise ConfigError(
             "second moments are those of AdamW over a model's own weights",
             got=type(optimizer).__name__,

@@ -180,6 +180,8 @@ class EvaluateJob:
     """Score the base plus every merged vector on the site's own test data.
 
     ``parts`` and ``part`` hold one number per task. ``tangent``: of the model linearised at the base.
+    ``learning``: as in :class:`TrainJob`. ``learned``: tasks that are in this version; others are
+    scored with private layers as they were built, whatever the site has learned meanwhile.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = EXACT
@@ -192,6 +194,8 @@ class EvaluateJob:
     parts: tuple[int, ...]
     partition: str = "iid"
     tangent: bool = False
+    learning: str = ""
+    learned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedmerge.common.base import Base
 from fedmerge.common.config import Config, listed, validated
 from fedmerge.common.errors import ConfigError
+from fedmerge.common.layers import LayerKind
 from fedmerge.common.logs import log_to_stderr
 from fedmerge.common.lookup import find_function
 from fedmerge.common.records import AggregationService
@@ -278,7 +279,8 @@ def run_methods(
 
     Args:
         on_finished: called with each federation before its actors end, while merged models can still be read.
-        checkpoints: where methods that are ``resumable`` write down how far they have come.
+        checkpoints: where methods that are ``resumable`` write down how far they have come, unless there are
+            private layers, which sites would forget.
 
     Raises:
         ConfigError: no usable site, or a method that the layout does not allow. EngineError: Ray cannot be
@@ -287,7 +289,9 @@ def run_methods(
     _start_ray(grid, engines)
     for group in grouped(methods):
         history.record("learning", methods=[method.name for method in group])
-        standing = checkpoints(group) if checkpoints is not None and group[0].resumable else None
+        private = any(layer.kind is LayerKind.PRIVATE for layer in base.layers.values())
+        resumable = group[0].resumable and not private
+        standing = checkpoints(group) if checkpoints is not None and resumable else None
         _run_group(grid, base, group, layout, engines, history, on_finished, standing)
         layout = layout.model_copy(update={"evaluate_base": False})
 

@@ -95,7 +95,9 @@ class Federation:
         self.runs: list[TaskRun] = []
         self.merged: list[TaskRun] = []
         self._next = 0
-        self._scoring = Scoring(self._mailbox, base.fingerprint, config, history, self.runs, self._fail)
+        self._scoring = Scoring(
+            self._mailbox, base.fingerprint, config, history, self.runs, self.merged, self._fail
+        )
         self.fine_tuned: dict[str, list[Score]] = {}
         self._rounds = Rounds(base.fingerprint, models, config)
         self._correcting = Correcting(

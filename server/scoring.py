@@ -27,7 +27,7 @@ class Scoring:
     """Has versions scored on every task, by the sites that hold it.
 
     Args:
-        runs: the tasks and their sites; the list may grow.
+        runs: the tasks and their sites; ``merged``: those in the versions, in order. Both lists may grow.
         on_failure: called with a site's label, a task, a phase and a reason.
 
     Attributes:
@@ -41,10 +41,11 @@ class Scoring:
         config: FederationConfig,
         history: History,
         runs: Sequence[TaskRun],
+        merged: Sequence[TaskRun],
         on_failure: Callable[[str, str, str, str], None],
     ) -> None:
         self._mailbox, self._base, self._config, self._history = mailbox, base, config, history
-        self._runs, self._on_failure = runs, on_failure
+        self._runs, self._merged, self._on_failure = runs, merged, on_failure
         self._published: dict[int, Mapping[str, ArrayRecord]] = {}
         self._unscored: dict[int, int] = {}
         self.scores: dict[tuple[str, int, str], list[Score]] = {}
@@ -86,7 +87,19 @@ class Scoring:
     ) -> None:
         config = self._config
         tangent = config.training.tangent is not None and number > 0
-        job = EvaluateJob(number, self._base, config.seed, tasks, part, parts, config.partition, tangent)
+        known = {name for run in self._merged[:number] for name in run.names}
+        job = EvaluateJob(
+            number,
+            self._base,
+            config.seed,
+            tasks,
+            part,
+            parts,
+            config.partition,
+            tangent,
+            learning="+".join(self._published[number]),
+            learned=tuple(name for name in tasks if name in known),
+        )
 
         def content() -> RecordDict:
             merged = {wire.MERGED + rule: record for rule, record in self._published[number].items()}

@@ -49,7 +49,7 @@ class LowRankAdaptation(Option):
             ConfigError: peft is missing, or a pattern of ``targets`` matches no layer that can have one.
         """
         full = listed(self._config.full)
-        whole = {name for name in self.run.trained if matches(name, full)}
+        whole = {name: p for name, p in self.run.trained.items() if matches(name, full)}
         self._modules = self._chosen(whole)
         try:
             self._inject()
@@ -112,12 +112,14 @@ class LowRankAdaptation(Option):
         for path in self._modules:
             self.run.adapters[f"{path}.weight"] = Adapter(self.run.model.get_submodule(path))
 
-    def _train_only(self, whole: Collection[str]) -> None:
-        """Freezes everything but the adapters and these parameters."""
+    def _train_only(self, whole: Mapping[str, nn.Parameter]) -> None:
+        """Freezes everything but the adapters and these parameters, which keep their names."""
         run = self.run
-        for name, parameter in run.model.named_parameters():
-            parameter.requires_grad_(name in whole or f".{NAME}." in name)
-        run.trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+        adapters = {name: p for name, p in run.model.named_parameters() if f".{NAME}." in name}
+        run.model.requires_grad_(False)
+        run.trained = {**whole, **adapters}
+        for parameter in run.trained.values():
+            parameter.requires_grad_()
         run.start = {name: run.start[name] for name in whole}
 
     def _take_out(self) -> None:

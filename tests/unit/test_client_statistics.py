@@ -19,6 +19,7 @@ from fedmerge.client.training import fine_tune
 from fedmerge.common.base import Base
 from fedmerge.common.errors import ConfigError, NonFinite
 from fedmerge.common.statistics import Statistic
+from fedmerge.common.training import LocalTraining
 from fedmerge.common.vectorfile import to_bytes
 
 CONFIG = TrainingConfig(steps=5, batch_size=8, learning_rate=0.01, gram_energy=1.0)
@@ -640,3 +641,19 @@ def test_statistics_measured_on_a_gpu_are_those_of_the_cpu():
         assert torch.allclose(there[name][FISHER], found[FISHER], rtol=1e-3, atol=1e-6)
     assert close(gram(there["0.weight"][GRAM]), gram(here["0.weight"][GRAM]))
     assert there["0.weight"][GRAM].device.type == "cpu"
+
+
+@pytest.mark.parametrize(("option", "settings"), [("coso", {}), ("lora", {"full": "*.bias"})])
+def test_second_moments_of_other_parameters_than_the_models_are_refused(option, settings):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    rows = TensorDataset(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64))
+    task = Task(
+        "t", rows, rows, lambda m, batch: cross_entropy(m(batch[0]), batch[1]), lambda m, batch: batch[1]
+    )
+    training = LocalTraining.chosen([option], {option: settings})
+
+    def on_finish(optimizer):
+        with pytest.raises(ConfigError, match="AdamW over a model's own weights"):
+            second_moments(model, optimizer)
+
+    fine_tune(model, task, TrainingConfig(steps=2), 0, on_finish=on_finish, training=training)

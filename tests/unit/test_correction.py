@@ -6,9 +6,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedmerge.client.correction import correct
-from fedmerge.client.tasks import Task
+from fedmerge.client.site import Site
+from fedmerge.client.tasks import Stream, Task
+from fedmerge.common.base import Base
 from fedmerge.common.errors import ConfigError, NonFinite
-from fedmerge.common.taskvector import TaskVector
+from fedmerge.common.taskvector import Dense, Manifest, TaskVector
 from fedmerge.common.training import Correction
 
 
@@ -207,3 +209,25 @@ def test_task_without_examples_and_weights_that_are_not_finite_are_refused():
     broken = {name: tensor * torch.nan for name, tensor in weights(network()).items()}
     with pytest.raises(NonFinite, match="a representation is not finite"):
         corrected(Correction(), merged=broken)
+
+
+def test_a_site_corrects_with_the_private_layers_that_the_task_was_learned_with():
+    def build():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+    rows = TensorDataset(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 2))
+    task = Task("t", rows, rows, lambda m, b: (m(b[0]) - b[1]).square().mean(), lambda m, b: b[1])
+    stream = Stream("s", ("t",), lambda _: task, build, private=("0.*",))
+    site = Site(stream, build(), Base.from_model(build(), stream.private))
+    merged = TaskVector.of({"1.weight": Dense(torch.ones(2, 4))}, ["1.bias"], Manifest(site.base.fingerprint))
+    none = TaskVector.of({}, ["1.weight", "1.bias"], Manifest(site.base.fingerprint))
+    blind = {"0.weight": torch.zeros(4, 3), "0.bias": torch.zeros(4)}
+    settings = Correction(layers="1.weight")
+    losses = [
+        site.correct(
+            task, merged, none, settings, seed=0, site="a", origin_version=1, device="cpu", heads=heads
+        )[1].first_loss
+        for heads in ({}, blind)
+    ]
+    assert losses[0] > 0 == losses[1]

@@ -27,7 +27,7 @@ from fedmerge.common import wire
 from fedmerge.common.base import Base
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.score import pooled
-from fedmerge.common.taskvector import TaskVector
+from fedmerge.common.taskvector import Manifest, TaskVector
 from fedmerge.common.vectorfile import to_bytes
 from fedmerge.deploy.offline import Workers, merge_files
 from fedmerge.deploy.streams.example import TASKS, TEST_ROWS, build_model, load_task
@@ -466,3 +466,104 @@ def test_what_the_site_claims_in_its_file_is_not_what_is_recorded():
     run = federate(grid, tasks=("plain",), sites_per_task=2, rounds=2, evaluate=False)
     (merged,) = run.history.of("merged")
     assert (merged["sites"], merged["examples"]) == (["a", "b"], ROWS)
+
+
+# --- private layers ---
+
+HEADS = """
+from dataclasses import replace
+from fedmerge.deploy.streams.example import example
+def heads(options):
+    return replace(example(options), private=("2.*",))
+"""
+
+
+def scored_with(site_at, federation, task: str, head: dict[str, torch.Tensor]) -> float:
+    weights = dict(federation.models["average"].merged().apply(site_at.base)) | head
+    site_at.model.load_state_dict(weights)
+    return score(site_at.model, site_at.task(task, 0, 1, "iid", 0), device="cpu").accuracy
+
+
+def test_a_merged_model_is_scored_with_the_head_that_each_task_was_learned_with(tmp_path):
+    (path := tmp_path / "heads.py").write_text(HEADS)
+    base = Base.from_model(build_model(), ["2.*"])
+    grid = LocalGrid({11: site("a", stream=f"{path}:heads")})
+    run = federate(grid, "average", base=base, tasks=TASKS[:2])
+    at = open_site(f"{path}:heads", StreamOptions(0, ROWS))
+    for task in TASKS[:2]:
+        at.learn(at.task(task, 0, 1, "iid", 0), seed=0, site="a", device="cpu")
+        assert run.score("average", 2, task).accuracy == scored_with(at, run, task, at.heads())
+
+
+def test_a_tasks_next_round_goes_on_from_its_head(tmp_path):
+    (path := tmp_path / "heads.py").write_text(HEADS)
+    base = Base.from_model(build_model(), ["2.*"])
+    grid = LocalGrid({11: site("a", stream=f"{path}:heads")})
+    run = federate(grid, "average", base=base, tasks=TASKS[:1], rounds=2)
+    at = open_site(f"{path}:heads", StreamOptions(0, ROWS))
+    task = at.task("plain", 0, 1, "iid", 0)
+    first, _ = at.learn(task, seed=0, site="a", device="cpu")
+    second, _ = at.learn(
+        task, seed=seed_of_round(0, 2), site="a", origin=first, device="cpu", heads=at.heads()
+    )
+    sent = sent_vector(grid.trained()[1])
+    assert all(torch.equal(sent.read(n).to_dense(), second.read(n).to_dense()) for n in second.names)
+    assert run.score("average", 1, "plain").accuracy == scored_with(at, run, "plain", at.heads())
+
+
+def test_a_task_that_was_not_learned_has_the_head_that_the_model_was_built_with(tmp_path):
+    (path := tmp_path / "heads.py").write_text(HEADS)
+    base = Base.from_model(build_model(), ["2.*"])
+    grid = LocalGrid({11: site("a", stream=f"{path}:heads"), 12: site("b", stream=f"{path}:heads")})
+    run = federate(grid, "average", base=base, tasks=TASKS[:1], sites_per_task=2, sites_per_round=1)
+    taught = run.history.of("trained")[0]["site"]
+    at = open_site(f"{path}:heads", StreamOptions(0, ROWS))
+    merged = run.models["average"].merged()
+    other = at.task("plain", int(taught == "a"), 2, "iid", 0)
+    built = at.score([other], merged, "cpu")["plain"]
+    assert built in run.scores["average", 1, "plain"]
+
+
+def test_another_way_of_learning_is_scored_as_if_it_were_the_first(tmp_path):
+    (path := tmp_path / "heads.py").write_text(HEADS)
+    base = Base.from_model(build_model(), ["2.*"])
+    alone, second = (LocalGrid({11: site("a", stream=f"{path}:heads")}) for _ in range(2))
+    federate(second, "ties", base=base, tasks=TASKS[:2])
+    wanted, found = (
+        federate(grid, "average", base=base, tasks=TASKS[:2], start="merged").scores
+        for grid in (alone, second)
+    )
+    assert found == wanted
+
+
+def test_a_task_that_is_not_in_a_version_is_scored_with_the_head_as_it_was_built(tmp_path):
+    (path := tmp_path / "heads.py").write_text(HEADS)
+    base = Base.from_model(build_model(), ["2.*"])
+    grid = LocalGrid({11: site("a", stream=f"{path}:heads")})
+    run = federate(grid, "average", base=base, tasks=TASKS[:2])  # both are learned before version 1 is scored
+    at = open_site(f"{path}:heads", StreamOptions(0, ROWS))
+    first = merged_first(grid)
+    assert run.score("average", 1, TASKS[1]) == at.score([at.task(TASKS[1], 0, 1, "iid", 0)], first)[TASKS[1]]
+
+
+def merged_first(grid: LocalGrid) -> TaskVector:
+    """The merged vector of version 1, as it was sent to be scored."""
+    asked = [m.content for m in grid.pushed if m.metadata.message_type == wire.EVALUATE]
+    (record,) = (c for c in asked if c.config_records[wire.JOB]["version"] == 1)
+    return wire.unpack_vector(record, f"{wire.MERGED}average", where="version 1")
+
+
+def test_a_head_that_was_kept_of_another_model_is_passed_over(tmp_path):
+    (path := tmp_path / "heads.py").write_text(HEADS)
+    at = open_site(f"{path}:heads", StreamOptions(0, ROWS))
+    task, other = (
+        at.task("plain", 0, 1, "iid", 0),
+        {"2.weight": torch.ones(7, 7), "classifier.weight": torch.ones(1)},
+    )
+    found, wanted = (
+        at.learn(task, seed=0, site="a", device="cpu", heads=heads)[0].read("0.weight").to_dense()
+        for heads in (other, {})
+    )
+    assert torch.equal(found, wanted)
+    merged = TaskVector.of({}, at.base.merged_layers, Manifest(at.base.fingerprint))
+    assert at.score([task], merged, "cpu", heads={"plain": other}) == at.score([task], merged, "cpu")

@@ -204,3 +204,12 @@ def test_update_is_small():
     report = fine_tune(model, task(), replace(CONFIG, steps=2), 0, training=lora(rank=1))
     sent = sum(tensor.numel() for update in report.updates.values() for tensor in update.tensors())
     assert sent == (4 + 300) + (300 + 300) + (300 + 2)
+
+
+def test_a_bias_beside_an_adapter_is_trained_whole_where_it_is_named():
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = fine_tune(model, task(), CONFIG, 0, training=lora(full="*.bias"))
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"0.weight", "0.bias", "3.weight", "3.bias"} == report.trained
+    assert list(report.updates) == ["0.weight", "3.weight"]

@@ -12,8 +12,10 @@ from torch.utils.data import TensorDataset
 
 from fedmerge.client.linearised import linearised
 from fedmerge.client.options.tangent import Linearisation
-from fedmerge.client.tasks import Task, TrainingConfig
+from fedmerge.client.site import Site
+from fedmerge.client.tasks import Stream, Task, TrainingConfig
 from fedmerge.client.training import fine_tune, score
+from fedmerge.common.base import Base
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.training import LocalTraining, Tangent
 
@@ -373,3 +375,29 @@ def test_linearised_training_runs_in_bf16(norm):
         )
     ends = [nn.utils.parameters_to_vector(model.parameters()).detach() for model in (exact, rough, normed())]
     assert 0 < float((ends[0] - ends[1]).norm()) < 0.05 * float((ends[0] - ends[2]).norm())
+
+
+def test_a_private_head_is_scored_at_the_point_it_was_trained_at():
+    rows = TensorDataset(
+        points := torch.randn(32, 3, generator=torch.Generator().manual_seed(2)), points.sin()
+    )
+    seen = []
+
+    def metric(model, batch):
+        seen.append(model(batch[0]))
+        return torch.ones(len(batch[0]))
+
+    def build():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    task = Task("sine", rows, rows, lambda model, batch: (model(batch[0]) - batch[1]).square().mean(), metric)
+    config = TrainingConfig(steps=10, learning_rate=0.05)
+    stream = Stream("sines", ("sine",), lambda _: task, build, config, private=("2.*",))
+    model = build()
+    site = Site(stream, model, Base.from_model(model, stream.private))
+    site.learn(task, seed=0, site="a", device="cpu", training=LocalTraining.chosen(["tangent"]))
+    with linearised(model, build().state_dict()), torch.no_grad():
+        wanted = model(points)
+    site.score([task], device="cpu", tangent=True)
+    assert torch.equal(seen[0], wanted)

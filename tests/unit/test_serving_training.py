@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 from local_grid import ROWS, sent_vector
 from serving_bench import Bench, base
 
 from fedmerge.client.app import SiteConfig, make_client_app
-from fedmerge.client.memory import SiteMemory
+from fedmerge.client.memory import SiteMemory, recalled, remember
 from fedmerge.client.site import Site, open_site, put
 from fedmerge.client.tasks import StreamOptions
 from fedmerge.common.privacy import Privacy
 from fedmerge.common.taskvector import LowRank
 from fedmerge.common.training import LocalTraining
 from fedmerge.common.vectorfile import load, save
+from fedmerge.deploy.streams.example import TASKS
 from fedmerge.server.learning import Teaching
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -160,3 +162,41 @@ def test_a_result_from_before_the_site_asked_for_privacy_is_not_sent(tmp_path):
     later.until(later.learned)
     second = sent_vector(later.grid.trained()[0])
     assert second.norm() <= 0.5 < first.norm()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        torch.tensor([[1.5, -2.0, 3.0]], dtype=torch.bfloat16),
+        torch.arange(6.0).reshape(2, 3).T,
+        torch.tensor(2**24 + 1),
+    ],
+)
+def test_a_private_layer_of_any_kind_is_kept(tmp_path, head):
+    memory = SiteMemory(learning="opcm")
+    for name in ("plain", "shuffled"):
+        memory.keep_heads(name, {"head": head})
+    state, context = Bench(tmp_path).state("a"), Context(0, 0, {}, RecordDict(), {})
+    state.remember(memory)
+    remember(memory, context)
+    for found in (state.memory(), recalled(context)):
+        assert torch.equal(found.heads("plain", "opcm")["head"].to(head.dtype), head)
+
+
+def test_private_layers_are_those_of_one_task_and_one_way_of_learning():
+    memory = SiteMemory(learning="opcm")
+    memory.keep_heads("glue", {"head": torch.ones(1)})
+    memory.keep_heads("glue/sst2", {"head": torch.zeros(1)})
+    assert memory.heads("glue", "opcm") == {"head": torch.ones(1)}
+    assert memory.heads("glue", "ties") == {}
+
+
+def test_a_task_that_is_learned_from_its_first_round_again_begins_with_the_head_as_it_was_built():
+    memory = SiteMemory(learning="opcm", task="plain")
+    for name in TASKS[:2]:
+        memory.keep_heads(name, {"head": torch.ones(1)})
+    memory.begin("opcm", TASKS[0], 2)
+    assert memory.heads(TASKS[0], "opcm") == {"head": torch.ones(1)}
+    memory.begin("opcm", TASKS[0], 1)
+    assert memory.heads(TASKS[0], "opcm") == {}
+    assert memory.heads(TASKS[1], "opcm") == {"head": torch.ones(1)}

@@ -10,6 +10,7 @@ from local_grid import Fault, LocalGrid, federate, site
 from rich.console import Console
 
 from fedmerge.common import wire
+from fedmerge.common.base import Base
 from fedmerge.common.errors import ConfigError, StoreDamaged
 from fedmerge.common.privacy import Privacy
 from fedmerge.deploy.choices import parse_methods
@@ -17,9 +18,12 @@ from fedmerge.deploy.outcomes import Outcome, Unfinished, outcome
 from fedmerge.deploy.progress import RunProgress
 from fedmerge.deploy.report.results import RuleResults
 from fedmerge.deploy.simulate import SimulationConfig, simulate
-from fedmerge.deploy.streams.example import TASKS
+from fedmerge.deploy.streams.example import TASKS, build_model
 from fedmerge.server import app as server
+from fedmerge.server.history import History
+from fedmerge.server.layout import FederationConfig
 from fedmerge.server.methods import make_method
+from fedmerge.server.standing import Checkpoints
 
 LEFT = Outcome(result=RuleResults.measured(["plain"], [], []), shared=True, zero_shot={}, held={})
 EVENTS = [{"event": "learning", "methods": ["opcm"]}, {"event": "trained", "bytes_up": 5}]
@@ -120,3 +124,18 @@ def test_the_run_config_may_say_where_sites_start(tmp_path: Path, monkeypatch: p
     told = {"base": base, "rule": "opcm", "start": "merged", "out": str(tmp_path / "out")}
     server.app(LocalGrid({}), Context(1, 1, {}, RecordDict(), told))
     assert [(method.name, method.start) for method in ran] == [("opcm", "merged")]
+
+
+@pytest.mark.parametrize(("private", "kept"), [((), True), (("2.*",), False)])
+def test_a_run_with_private_layers_is_not_gone_on_with_midway(
+    monkeypatch: pytest.MonkeyPatch, private: tuple[str, ...], kept: bool
+) -> None:
+    standings: list[object] = []
+    monkeypatch.setattr(server, "_start_ray", lambda *_: None)
+    monkeypatch.setattr(server, "_run_group", lambda *given: standings.append(given[-1]))
+    base, method = Base.from_model(build_model(), private), make_method("fedavg")
+    layout, engines = FederationConfig(), server.EngineConfig()
+    server.run_methods(
+        LocalGrid({}), base, [method], layout, engines, History(), checkpoints=lambda _: Checkpoints(Path())
+    )
+    assert [standing is not None for standing in standings] == [kept]

@@ -29,6 +29,7 @@ JOBS = [
     Holding(3, "c" * 64, (0, 2)),
     Holding(0, ""),
     EvaluateJob(3, "f" * 64, 7, ("plain", "reversed"), (0, 1), (1, 2)),
+    EvaluateJob(1, "f" * 64, 7, ("plain",), (0,), (1,), learning="fot", learned=("plain",)),
 ]
 
 
