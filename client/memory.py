@@ -17,6 +17,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from torch import Tensor
 
 from fedmerge.client.compress import forget
+from fedmerge.common.errors import StoreDamaged
+
+UNKNOWN = -1
+"""Stands for a number of releases that is not known, where there is no None."""
 
 RECORD, ABOUT = "fedmerge.memory", "fedmerge.memory-of"
 
@@ -31,13 +35,13 @@ class SiteMemory:
     Attributes:
         tensors: by keys that begin with what they are of, on the CPU.
         learning: of which way of learning. ``task``: the last that was learned.
-        releases: Gaussian releases so far, of vectors and of statistics.
+        releases: Gaussian releases so far, of vectors and of statistics; None if that is not known any more.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     learning: str = ""
     task: str = ""
-    releases: int = 0
+    releases: int | None = 0
 
     def begin(self, learning: str, task: str, round: int) -> None:
         """Gets ready for a run: what another way of learning left is dropped, and what was not sent of
@@ -66,7 +70,23 @@ class SiteMemory:
             self.tensors[_head(task) + name] = kept
 
     def facts(self) -> dict[str, str | int]:
-        return {"learning": self.learning, "task": self.task, "releases": self.releases}
+        releases = UNKNOWN if self.releases is None else self.releases
+        return {"learning": self.learning, "task": self.task, "releases": releases}
+
+    def released(self, times: int) -> int:
+        """Counts further releases; returns all so far.
+
+        Raises:
+            StoreDamaged: it is not known how many there were.
+        """
+        if self.releases is None:
+            raise StoreDamaged(
+                "the record of what this site has released is damaged, so that epsilon cannot be told",
+                where="memory.json",
+                do='Restore the file from a copy, or write {"releases": N} with the number from the log.',
+            )
+        self.releases += times
+        return self.releases
 
 
 def _head(task: str) -> str:
@@ -90,10 +110,10 @@ def remember(memory: SiteMemory, context: Context) -> None:
 
 def memory_of(tensors: dict[str, Tensor], facts: Mapping[str, object]) -> SiteMemory:
     """A memory from its parts, as they were written down."""
-    releases = facts.get("releases", 0)
+    releases = facts.get("releases", UNKNOWN)
     return SiteMemory(
         tensors,
         str(facts.get("learning", "")),
         str(facts.get("task", "")),
-        releases if isinstance(releases, int) else 0,
+        releases if isinstance(releases, int) and releases >= 0 else None,
     )

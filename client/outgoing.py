@@ -31,12 +31,16 @@ def outgoing(
 
     Args:
         memory: counts releases, and holds what was not sent in earlier rounds.
+
+    Raises:
+        StoreDamaged: privacy is asked for, and how often the site has released something is not known.
+        ConfigError, NonFinite: as :func:`~fedmerge.client.privacy.privatise` does.
     """
     numbers: dict[str, int | float] = {}
     if privacy is not None:
+        spent = memory.released(releases(1, vector.manifest.statistics))
         vector = privatise(vector, privacy)
-        memory.releases += releases(1, vector.manifest.statistics)
-        numbers["epsilon"] = epsilon(privacy.noise, memory.releases, privacy.delta)
+        numbers["epsilon"] = epsilon(privacy.noise, spent, privacy.delta)
     if compression == Compression():
         return Outgoing(vector, numbers=numbers)
     sent = compress(vector, compression, memory.tensors)

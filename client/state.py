@@ -203,12 +203,16 @@ class SiteState:
     def memory(self) -> SiteMemory:
         """What the site keeps from run to run; empty at first, and where it cannot be read.
 
-        The number of releases is kept in ``memory.json``, which is written after the tensors.
+        The number of releases is kept in ``memory.json``, which is written after the tensors. If that file is
+        damaged the number is not known.
         """
-        try:
-            facts = json.loads((self.folder / "memory.json").read_bytes())
-        except (OSError, ValueError):
+        about = self.folder / "memory.json"
+        if not about.is_file():
             return SiteMemory()
+        try:
+            facts = json.loads(about.read_bytes())
+        except (OSError, ValueError):
+            return SiteMemory(releases=None)
         path = self.folder / "memory.safetensors"
         try:
             tensors = load_file(path) if path.is_file() else {}

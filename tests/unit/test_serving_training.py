@@ -8,10 +8,13 @@ from serving_bench import Bench, base
 
 from fedmerge.client.app import SiteConfig, make_client_app
 from fedmerge.client.memory import SiteMemory, recalled, remember
+from fedmerge.client.outgoing import outgoing
 from fedmerge.client.site import Site, open_site, put
 from fedmerge.client.tasks import StreamOptions
+from fedmerge.common.compression import Compression
+from fedmerge.common.errors import StoreDamaged
 from fedmerge.common.privacy import Privacy
-from fedmerge.common.taskvector import LowRank
+from fedmerge.common.taskvector import LowRank, TaskVector
 from fedmerge.common.training import LocalTraining
 from fedmerge.common.vectorfile import load, save
 from fedmerge.deploy.streams.example import TASKS
@@ -130,6 +133,19 @@ def test_a_damaged_memory_is_an_empty_one(tmp_path, name):
     state.remember(SiteMemory({"coso/0.weight": torch.eye(3)}, "opcm", "plain", 7))
     (state.folder / name).write_bytes(b"{")
     assert state.memory().tensors == {}
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b'{"releases": "7"}', b'{"releases": -3}'])
+def test_a_site_that_lost_count_of_its_releases_sends_nothing_private_and_all_else(tmp_path, data):
+    state = Bench(tmp_path).state("a")
+    state.remember(SiteMemory({}, "opcm", "plain", 7))
+    (state.folder / "memory.json").write_bytes(data)
+    memory, vector = state.memory(), TaskVector.of({"w": torch.ones(2, 2)})
+    with pytest.raises(StoreDamaged, match="epsilon cannot be told"):
+        outgoing(vector, Privacy(clip=1.0, noise=1.0), Compression(), memory)
+    assert outgoing(vector, None, Compression(), memory).vector is vector
+    state.remember(memory)
+    assert state.memory().releases is None
 
 
 def test_a_new_way_of_learning_begins_with_an_empty_memory_but_counts_on(tmp_path):
