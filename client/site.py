@@ -127,12 +127,10 @@ class Site:
                 checkpoint=checkpoint,
             )
         manifest = Manifest(self.base.fingerprint, origin_version, task.name, site, report.examples)
-        vector = self._moved(started, report, manifest)
         if from_base and origin is not None:
-            tuned = Checkpoint.of(self.model.state_dict(), vector.label)
-            vector = TaskVector.from_checkpoints(
-                self.base, tuned, manifest=manifest, private=self.stream.private
-            ).in_memory()
+            vector = self._beyond_base(manifest)
+        else:
+            vector = self._moved(started, report, manifest)
         if needs:
             measuring = partial(measure, sketch=sketch, bases=bases, private_seed=private_seed)
             found = self._measured(learned, needs, vector.names, moments, seed, device, measuring)
@@ -152,13 +150,20 @@ class Site:
         config = settled(self.stream.training, loop)
         return replace(config, steps=config.steps * tasks)
 
+    def _beyond_base(self, manifest: Manifest) -> TaskVector:
+        """What the model's weights are beyond the base's, every layer and whole, in memory."""
+        tuned, private = self._tuned(manifest), self.stream.private
+        return TaskVector.from_checkpoints(self.base, tuned, manifest=manifest, private=private).in_memory()
+
+    def _tuned(self, manifest: Manifest) -> Checkpoint:
+        return Checkpoint.of(self.model.state_dict(), f"fine-tuned {manifest.task}")
+
     def _moved(self, started: Base, report: TrainingReport, manifest: Manifest) -> TaskVector:
         """What the model's weights are beyond those it started from, in memory."""
-        tuned = Checkpoint.of(self.model.state_dict(), f"fine-tuned {manifest.task}")
         still = frozenset(started.merged_layers) - report.trained
         vector = TaskVector.from_checkpoints(
             started,
-            tuned,
+            self._tuned(manifest),
             manifest=manifest,
             frozen=(*self.stream.training.frozen, *map(escape, still)),
             private=self.stream.private,

@@ -90,7 +90,7 @@ def _learning(
         start=layout.start,
         joint=layout.joint,
         rounds=layout.rounds,
-        sites=min(layout.sites_per_round or layout.sites_per_task, layout.sites_per_task),
+        sites=layout.sites_asked,
         training={name: told[name] for name in method.training.options},
         loop=told["loop"],
         compress=method.compress,

@@ -170,8 +170,7 @@ def expected(methods: Sequence[Method], layout: FederationConfig) -> tuple[int, 
     for number, group in enumerate(grouped(methods)):
         own = group[0].laid_out(layout)
         versions = 1 if own.joint else len(own.tasks)
-        asked = min(own.sites_per_round or own.sites_per_task, own.sites_per_task)
-        trainings += versions * asked * own.rounds
+        trainings += versions * own.sites_asked * own.rounds
         merges += versions
         scorings += (versions + (number == 0 and layout.evaluate_base)) * min(
             own.min_sites, versions * own.sites_per_task

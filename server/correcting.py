@@ -139,12 +139,10 @@ class Correcting:
 
     def _adjust(self, at: _UnderWay) -> None:
         """Moves the model by the mean of what the sites have found, weighted like their vectors."""
-        run = at.run
-        ordered = [run.arrived[site.node] for site in run.asked if site.node in run.arrived]
-        run.arrived = {}
-        if ordered:
-            shares = [count if self._config.weights == "examples" else 1 for _, count in ordered]
-            at.model.adjust(combine([vector for vector, _ in ordered], shares))
+        vectors, shares, _ = at.run.gathered(self._config.weights)
+        at.run.arrived = {}
+        if vectors:
+            at.model.adjust(combine(vectors, shares))
 
 
 def _same(content: RecordDict) -> RecordDict:

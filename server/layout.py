@@ -64,6 +64,11 @@ class FederationConfig(BaseModel):
     evaluate: bool = True
     evaluate_base: bool = True
 
+    @property
+    def sites_asked(self) -> int:
+        """How many sites of a task a round asks if all are there."""
+        return min(self.sites_per_round or self.sites_per_task, self.sites_per_task)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -109,6 +114,13 @@ class TaskRun:
 
     def part_of(self, node: int) -> int:
         return [site.node for site in self.sites].index(node)
+
+    def gathered(self, weights: str) -> tuple[list[TaskVector], list[int], list[int]]:
+        """What has come in, in the order of the sites asked: vectors, their shares, and examples."""
+        ordered = [self.arrived[site.node] for site in self.asked if site.node in self.arrived]
+        examples = [count for _, count in ordered]
+        shares = examples if weights == "examples" else [1] * len(ordered)
+        return [vector for vector, _ in ordered], shares, examples
 
     def begin(self, sites_per_round: int | None, seed: int) -> None:
         """Chooses the sites of the round, by seed, task and round alone."""

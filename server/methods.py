@@ -109,8 +109,7 @@ class Method:
             for name in ("start", "training", "weights", "correction", "joint", "compress")
         }
         if self.alone:
-            asked = min(layout.sites_per_round or layout.sites_per_task, layout.sites_per_task)
-            passes = ceil(layout.rounds * asked / layout.sites_per_task)
+            passes = ceil(layout.rounds * layout.sites_asked / layout.sites_per_task)
             chosen |= {"sites_per_task": 1, "sites_per_round": None, "rounds": passes}
         return layout.model_copy(update=chosen)
 

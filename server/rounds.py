@@ -103,9 +103,7 @@ class Rounds:
         Raises:
             StatisticsMissing: they do not bring the same ones.
         """
-        arrived = [run.arrived[site.node] for site in run.asked if site.node in run.arrived]
-        vectors, examples = zip(*arrived, strict=True)
-        shares = examples if self._config.weights == "examples" else [1] * len(vectors)
+        vectors, shares, examples = run.gathered(self._config.weights)
         return combine(vectors, shares, self.needs if self.is_last(run) else (), examples=examples)
 
 
