@@ -21,6 +21,7 @@ from fedmerge.server.layout import FederationConfig, TaskRun
 from fedmerge.server.mailbox import Mailbox, Reply, Request
 from fedmerge.server.model import GlobalModel
 from fedmerge.server.peers import reported
+from fedmerge.server.rounds import content_of
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,12 @@ class Correcting:
                 self._config.correction.model_dump_json(),
                 self._config.training.model_dump_json(exclude_none=True),
             )
-            content = RecordDict({wire.JOB: wire.pack_job(job), **records})
             self._mailbox.put(
                 Request(
                     site.node,
                     wire.CORRECT,
                     Corrected(site.label),
-                    partial(_same, content),
+                    partial(content_of, job, records),
                     self._config.timeout_seconds,
                 )
             )
@@ -143,7 +143,3 @@ class Correcting:
         at.run.arrived = {}
         if vectors:
             at.model.adjust(combine(vectors, shares))
-
-
-def _same(content: RecordDict) -> RecordDict:
-    return content

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from fedmerge.common import wire
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import to_bytes
-from fedmerge.common.wire import TrainJob
+from fedmerge.common.wire import CorrectJob, TrainJob
 from fedmerge.server.combine import add_vectors, combine
 from fedmerge.server.layout import FederationConfig, Site, TaskRun
 from fedmerge.server.merge.rule import Cadence, Rule
@@ -55,7 +55,7 @@ class Rounds:
         last = self.is_last(run)
         records = self._starting_point(run, version) | self._bases(last)
         for site in run.asked:
-            yield site, partial(_content, self._job(run, site, version, last), records)
+            yield site, partial(content_of, self._job(run, site, version, last), records)
 
     def _job(self, run: TaskRun, site: Site, version: int, last: bool) -> TrainJob:
         config = self._config
@@ -107,5 +107,6 @@ class Rounds:
         return combine(vectors, shares, self.needs if self.is_last(run) else (), examples=examples)
 
 
-def _content(job: TrainJob, records: Mapping[str, ArrayRecord]) -> RecordDict:
+def content_of(job: TrainJob | CorrectJob, records: Mapping[str, ArrayRecord]) -> RecordDict:
+    """A request and what goes with it."""
     return RecordDict({wire.JOB: wire.pack_job(job), **records})

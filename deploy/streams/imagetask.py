@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Subset, TensorDataset
 
-from fedmerge.client.tasks import StreamOptions, Task
+from fedmerge.client.tasks import StreamOptions, Task, TrainingConfig
 from fedmerge.common.errors import ConfigError
 from fedmerge.deploy.streams.images import Images
 from fedmerge.deploy.streams.imagesets import ImageSet
@@ -29,6 +29,16 @@ Shown = Callable[[Tensor], Tensor]
 """Bytes (R, channels, height, width) to what the model is fed."""
 Scores = Callable[[nn.Module, Tensor], Tensor]
 """The model and what it is fed to class scores (R, C)."""
+
+LOCAL_SGD = TrainingConfig(
+    epochs=1,
+    optimizer="sgd",
+    learning_rate=0.01,
+    weight_decay=1e-5,
+    max_grad_norm=0.0,
+    schedule="constant",
+)
+"""Local training of federated orthogonal training's experiments (arXiv 2309.01289)."""
 
 
 def image_task(

@@ -11,15 +11,16 @@ Shapes: R rows, F pixels.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from fedmerge.client.tasks import Stream, StreamOptions, Task, TrainingConfig
+from fedmerge.client.tasks import Stream, StreamOptions, Task
 from fedmerge.common.errors import ConfigError
 from fedmerge.deploy.streams.imagesets import SOURCES, image_set, prepare
-from fedmerge.deploy.streams.imagetask import check_rows, image_task
+from fedmerge.deploy.streams.imagetask import LOCAL_SGD, check_rows, image_task
 
 TASKS = tuple(f"permutation-{number}" for number in range(10))
 PIXELS, HIDDEN, CLASSES = 28 * 28, 400, 10
@@ -36,16 +37,7 @@ def permuted_mnist(options: StreamOptions) -> Stream:
         tasks=TASKS,
         load=partial(load_task, options=options),
         build_model=partial(build_model, options.seed),
-        training=TrainingConfig(
-            epochs=1,
-            batch_size=64,
-            eval_batch_size=500,
-            optimizer="sgd",
-            learning_rate=0.01,
-            weight_decay=1e-5,
-            max_grad_norm=0.0,
-            schedule="constant",
-        ),
+        training=replace(LOCAL_SGD, batch_size=64, eval_batch_size=500),
         prepare=partial(prepare, "mnist"),
     )
 

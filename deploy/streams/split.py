@@ -13,15 +13,16 @@ Shapes: R rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from fedmerge.client.tasks import Stream, StreamOptions, Task, TrainingConfig
+from fedmerge.client.tasks import Stream, StreamOptions, Task
 from fedmerge.common.errors import ConfigError
 from fedmerge.deploy.streams.imagesets import SOURCES, image_set, prepare
-from fedmerge.deploy.streams.imagetask import check_rows, image_task
+from fedmerge.deploy.streams.imagetask import LOCAL_SGD, check_rows, image_task
 
 CLASSES = 2
 """Of one task."""
@@ -52,16 +53,7 @@ def _split(images: str, options: StreamOptions) -> Stream:
         tasks=TASKS,
         load=partial(load_task, images=images, options=options),
         build_model=partial(build_model, len(SOURCES[images].mean), options.seed),
-        training=TrainingConfig(
-            epochs=1,
-            batch_size=16,
-            eval_batch_size=200,
-            optimizer="sgd",
-            learning_rate=0.01,
-            weight_decay=1e-5,
-            max_grad_norm=0.0,
-            schedule="constant",
-        ),
+        training=replace(LOCAL_SGD, batch_size=16, eval_batch_size=200),
         prepare=partial(prepare, images),
     )
 
