@@ -11,6 +11,7 @@ from typing import Any
 from fedmerge.common.compression import Compression
 from fedmerge.common.config import listed
 from fedmerge.common.errors import ConfigError
+from fedmerge.common.training import LocalTraining
 from fedmerge.server.merge import RULES, make_rule
 from fedmerge.server.merge.rule import Rule
 from fedmerge.server.methods import Method, check_owners, make_method
@@ -69,6 +70,19 @@ def parse_methods(
     if len(ways) > 1:
         found = [replace(method, name=f"{method.name}+{method.compress}") for method in found]
     return found, privacy
+
+
+def parse_trained(names: str, train: str, settings: Sequence[str]) -> tuple[list[Rule], LocalTraining]:
+    """Rules, and the training of the vectors that all of them merge.
+
+    Raises:
+        ConfigError: as :func:`parse_rules` and :func:`parse_methods` do.
+    """
+    parse_rules(names, [])
+    methods, privacy = parse_methods(names, "", train, "none", settings)
+    if privacy is not None:
+        raise ConfigError("rules are compared without noise", got="privacy settings")
+    return [method.rule for method in methods], methods[0].training
 
 
 def _split(setting: str, names: Sequence[str]) -> tuple[str, str, object]:

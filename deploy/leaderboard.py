@@ -23,6 +23,7 @@ from fedmerge.client.tasks import Stream, StreamOptions
 from fedmerge.common.config import Seed
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.machine import cores
+from fedmerge.common.training import PLAIN, LocalTraining
 from fedmerge.deploy.contest import Contest, Judges, arrival_orders, torch_threads
 from fedmerge.deploy.learned import Learner
 from fedmerge.deploy.report.leaderboard import FailedRun, Leaderboard, Reference, RuleFacts, RuleRun
@@ -41,6 +42,7 @@ class LeaderboardConfig(BaseModel):
         quick: score each task after its own merge and after the last one only; forgetting is then unknown.
         workers: tasks scored at a time, each on its own copy of the model; also threads of an engine.
         cache: folder that keeps task vectors for later runs.
+        training: what departs from the streams' training.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +55,7 @@ class LeaderboardConfig(BaseModel):
     quick: bool = False
     workers: int = Field(default_factory=cores, ge=1)
     cache: Path | None = None
+    training: LocalTraining = PLAIN
 
     @field_validator("streams", "seeds")
     @classmethod
@@ -96,12 +99,14 @@ def leaderboard(config: LeaderboardConfig, rules: Sequence[Rule], listener: List
         runs=[],
         failures=[],
         seconds=0.0,
+        training=config.training.model_dump(exclude_none=True, exclude={"loop"}),
+        loop=config.training.loop.model_dump(exclude_none=True),
         **config.model_dump(include={"seeds", "orders", "rows", "quick", "workers"}),
     )
     for entry in streams:
         entry.stream.prepare()
         for seed in config.seeds:
-            learner = Learner(entry.spec, seed, config.rows, entry.tasks, config.cache)
+            learner = Learner(entry.spec, seed, config.rows, entry.tasks, config.cache, config.training)
             reference, found = _seed(entry.stream.name, learner, config, rules, listener)
             board = board.model_copy(
                 update={

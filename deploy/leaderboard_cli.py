@@ -18,8 +18,13 @@ def leaderboard(
     rule: Annotated[str, typer.Option(help="Merge rules, comma-separated; 'all' takes every one.")] = "all",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="[RULE.]OPTION=VALUE", help="A rule's option; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="[OWNER.]OPTION=VALUE",
+            help="Option of a rule, a training option or loop; may be repeated.",
+        ),
     ] = None,
+    train: Annotated[str, typer.Option(help="Training options, comma-separated; docs/methods.md.")] = "",
     seeds: Annotated[
         str, typer.Option(help="Of data, training and orders of arrival, comma-separated.")
     ] = "0,1,2",
@@ -46,7 +51,7 @@ def leaderboard(
 ) -> None:
     """Compare rules on the same task vectors: accuracy, order, state, upload and time."""
     from fedmerge.common.writing import make_folder
-    from fedmerge.deploy.choices import parse_rules
+    from fedmerge.deploy.choices import parse_trained
     from fedmerge.deploy.leaderboard import LeaderboardConfig, Listener, chosen
     from fedmerge.deploy.leaderboard import leaderboard as run
     from fedmerge.deploy.progress import bars
@@ -54,7 +59,7 @@ def leaderboard(
     from fedmerge.deploy.report.leaderboard_page import print_standings, write_report
     from fedmerge.deploy.report.standings import save_standings
 
-    rules = parse_rules(rule, settings or [])
+    rules, training = parse_trained(rule, train, settings or [])
     given = {
         "streams": listed(stream),
         "seeds": listed(seeds),
@@ -64,6 +69,7 @@ def leaderboard(
         "quick": quick,
         "cache": cache,
         "workers": workers,
+        "training": training,
     }
     config = validated(LeaderboardConfig, {name: value for name, value in given.items() if value is not None})
     make_folder(out)  # before hours of training

@@ -1,7 +1,7 @@
 """Task vectors of a stream for comparing rules: each task learned once from the base, and kept on request.
 
 A kept vector is a task vector file whose name holds a hash of what the learning depended on: stream, seed,
-rows, task, base, training settings, the file that defines the stream, and the versions of fedmerge and torch.
+rows, task, base, training settings and options, the file that defines the stream, and the versions of fedmerge and torch.
 If any of that changes the file is not found. A vector with fewer statistics than are needed is learned again.
 """
 
@@ -25,6 +25,7 @@ from fedmerge.client.tasks import StreamOptions, Task
 from fedmerge.common.lookup import find_function
 from fedmerge.common.statistics import Statistics
 from fedmerge.common.taskvector import TaskVector, no_statistics
+from fedmerge.common.training import PLAIN, LocalTraining
 from fedmerge.common.vectorfile import load, save
 from fedmerge.common.writing import make_folder
 
@@ -40,6 +41,7 @@ class Learner:
         spec: the stream, as :func:`~fedmerge.client.loading.load_stream` takes it.
         tasks: names of those to learn. ``rows``: bound on training rows per task.
         cache: folder of kept vectors; None keeps none.
+        training: what departs from the stream's training.
     """
 
     spec: str
@@ -47,6 +49,7 @@ class Learner:
     rows: int | None
     tasks: tuple[str, ...]
     cache: Path | None = None
+    training: LocalTraining = PLAIN
 
     @cached_property
     def site(self) -> Site:
@@ -76,7 +79,8 @@ class Learner:
         if self.cache is None:
             return None
         facts = [self.spec, self.seed, self.rows, task, self.site.base.fingerprint]
-        facts += [asdict(self.site.stream.training), _source(self.spec), __version__, torch.__version__]
+        facts += [asdict(self.site.stream.training), self.training.model_dump()]
+        facts += [_source(self.spec), __version__, torch.__version__]
         digest = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         readable = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{self.site.stream.name}-{self.seed}-{task}")
         return self.cache / f"{readable}-{digest[:16]}.safetensors"
@@ -89,7 +93,8 @@ class Learner:
         return vector.in_memory() if set(needs) <= set(vector.manifest.statistics) else None
 
     def _learn(self, task: Task, needs: Collection[str]) -> TaskVector:
-        vector, _ = self.site.learn(task, seed=self.seed, site=f"seed-{self.seed}", needs=needs)
+        name = f"seed-{self.seed}"
+        vector, _ = self.site.learn(task, seed=self.seed, site=name, needs=needs, training=self.training)
         if path := self.path(task.name):
             make_folder(path.parent)
             save(vector, path)

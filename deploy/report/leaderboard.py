@@ -12,7 +12,7 @@ from typing import Literal
 
 from fedmerge.common.writing import make_folder
 from fedmerge.deploy.report import metrics
-from fedmerge.deploy.report.results import Amount, Count, Difference, Fraction, Frozen, write_csv
+from fedmerge.deploy.report.results import Amount, Count, Difference, Fraction, Frozen, Settings, write_csv
 
 RUN_COLUMNS = (
     "stream",
@@ -99,7 +99,11 @@ class FailedRun(Frozen):
 
 
 class Leaderboard(Frozen):
-    """All runs, and how they came about. ``orders`` is how many each seed has; ``seconds`` the whole time."""
+    """All runs, and how they came about. ``orders`` is how many each seed has; ``seconds`` the whole time.
+
+    ``training`` and ``loop`` are what departed from the streams' own training, as in
+    :class:`~fedmerge.deploy.report.results.Learning`.
+    """
 
     format: Literal["fedmerge.leaderboard/1"] = "fedmerge.leaderboard/1"
     command: str
@@ -110,6 +114,8 @@ class Leaderboard(Frozen):
     orders: Count
     rows: Count | None
     quick: bool
+    training: dict[str, Settings] = {}
+    loop: Settings = {}
     workers: Count
     rules: dict[str, RuleFacts]
     references: list[Reference]

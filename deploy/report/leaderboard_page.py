@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedmerge.deploy.report import leaderboard_figures as figures
 from fedmerge.deploy.report.leaderboard import Leaderboard
+from fedmerge.deploy.report.learning import trained_with
 from fedmerge.deploy.report.page import SVG_STYLE, Drawn, as_svg, templates
 from fedmerge.deploy.report.standings import YARDSTICK, Standing, bounds, overall, standings_of
 from fedmerge.deploy.report.words import percent
@@ -40,6 +41,8 @@ def render(board: Leaderboard) -> str:
         bounds={stream: bounds(board, stream) for stream in done},
         drawn={stream: _figures(board, stream, place) for place, stream in enumerate(done, start=1)},
         expected=len(board.seeds) * board.orders,
+        trained=trained_with(board.training, board.loop),
+        vector_bytes={stream: _vector_bytes(board, stream) for stream in done},
         yardstick=YARDSTICK if YARDSTICK in board.rules else None,
         dash=DASH,
     )
@@ -73,6 +76,11 @@ def short_seconds(spent: float | None) -> str:
     if spent is None:
         return DASH
     return f"{spent:.2g}" if spent < 1 else f"{spent:.{2 if spent < 10 else 1}f}"
+
+
+def _vector_bytes(board: Leaderboard, stream: str) -> float:
+    references = board.references_of(stream)
+    return sum(found.vector_bytes for found in references) / sum(len(found.tasks) for found in references)
 
 
 def _table(title: str, standings: Sequence[Standing]) -> Table:

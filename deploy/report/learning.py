@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmerge.deploy.report import metrics
-from fedmerge.deploy.report.results import Learning, Results
+from fedmerge.deploy.report.results import Learning, Results, Settings
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,7 @@ def _way(name: str, learning: Learning) -> Way:
         start="base, all tasks at once" if learning.joint else _START[learning.start],
         rounds=learning.rounds,
         sites=learning.sites,
-        trained="; ".join(
-            [
-                *(_option(option, settings) for option, settings in learning.training.items()),
-                *([_option("loop", learning.loop)] if learning.loop else []),
-            ]
-        ),
+        trained=trained_with(learning.training, learning.loop),
         options=(*learning.training, *(["loop"] if learning.loop else [])),
         compress=learning.compress,
         updates=learning.updates,
@@ -119,7 +114,13 @@ def _way(name: str, learning: Learning) -> Way:
 _START = {"base": "base", "merged": "merged model"}
 
 
-def _option(name: str, settings: Mapping[str, float | str | int | bool | None]) -> str:
+def trained_with(training: Mapping[str, Settings], loop: Settings) -> str:
+    """The training options in use and the loop's settings, as pages show them; empty without any."""
+    options = [*training.items(), *([("loop", loop)] if loop else [])]
+    return "; ".join(_option(name, settings) for name, settings in options)
+
+
+def _option(name: str, settings: Settings) -> str:
     told = ", ".join(f"{key} {_value(value)}" for key, value in settings.items() if value not in (None, ""))
     return f"{name} ({told})" if told else name
 

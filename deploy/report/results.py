@@ -25,6 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Difference = Annotated[float, Field(ge=-1, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
+Settings = dict[str, float | str | int | bool | None]
 
 
 class Frozen(BaseModel):
@@ -69,8 +70,8 @@ class Learning(Frozen):
     joint: bool = False
     rounds: Count = 1
     sites: Count = 1
-    training: dict[str, dict[str, float | str | int | bool | None]] = {}
-    loop: dict[str, float | str | int | bool | None] = {}
+    training: dict[str, Settings] = {}
+    loop: Settings = {}
     compress: str = "none"
     up_bytes: Count = 0
     statistics_bytes: Count = 0

@@ -23,9 +23,10 @@ from fedmerge.client.tasks import StreamOptions
 from fedmerge.common.config import validated
 from fedmerge.common.errors import ConfigError, EngineError, FileError
 from fedmerge.common.statistics import Statistic, Statistics
-from fedmerge.common.taskvector import TaskVector
+from fedmerge.common.taskvector import Dense, LowRank, TaskVector
+from fedmerge.common.training import PLAIN, LocalTraining
 from fedmerge.common.vectorfile import save as save_vector
-from fedmerge.deploy.choices import parse_rules
+from fedmerge.deploy.choices import parse_rules, parse_trained
 from fedmerge.deploy.contest import arrival_orders
 from fedmerge.deploy.leaderboard import LeaderboardConfig, Listener, leaderboard
 from fedmerge.deploy.leaderboard_cli import leaderboard as command
@@ -208,6 +209,28 @@ class TestSettings:
         with pytest.raises(ConfigError, match="no such merge rule"):
             parse_rules("all,nonsense", [])
 
+    def test_rules_and_the_training_of_their_vectors_are_told_apart(self) -> None:
+        settings = ["opcm.alpha=0.25", "lora.rank=2", "loop.steps=5"]
+        rules, training = parse_trained("opcm,average", "lora", settings)
+        assert rules == [make_rule("opcm", {"alpha": 0.25}), Average()]
+        assert training == LocalTraining.chosen(["lora"], {"lora": {"rank": 2}, "loop": {"steps": 5}})
+        assert parse_trained("opcm", "", ["alpha=0.25"]) == ([make_rule("opcm", {"alpha": 0.25})], PLAIN)
+
+    @pytest.mark.parametrize(
+        ("names", "settings", "said"),
+        [
+            ("pm", [], "no such merge rule"),
+            ("opcm", ["lora.rank=2"], "not in use"),
+            ("opcm", ["average.alpha=1"], "not in use"),
+            ("opcm", ["privacy.noise=1"], "compared without noise"),
+        ],
+    )
+    def test_what_has_no_place_in_a_comparison_of_rules_is_refused(
+        self, names: str, settings: list[str], said: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=said):
+            parse_trained(names, "", settings)
+
     def test_orders_are_drawn_by_seed_and_differ(self) -> None:
         orders = arrival_orders("abcd", 24, seed=3)
         assert len(set(orders)) == 24
@@ -270,6 +293,24 @@ class TestCache:
         one = Learner("example", 0, 40, ("plain",), tmp_path)
         other = replace(one, **change)  # type: ignore[arg-type]
         assert one.path(one.tasks[0]) != other.path(other.tasks[0])
+
+    def test_other_training_options_are_another_file_and_the_site_is_asked_for_them(
+        self, tmp_path: Path, learned: list[str]
+    ) -> None:
+        plain = Learner("example", 0, 40, ("plain",), tmp_path)
+        adapters = replace(plain, training=LocalTraining.chosen(["lora"], {"lora": {"rank": 2}}))
+        shorter = replace(plain, training=LocalTraining.chosen([], {"loop": {"steps": 5}}))
+        paths = {learner.path("plain") for learner in (plain, adapters, shorter)}
+        assert len(paths) == 3
+        dense, factors = self.vectors(plain)["plain"], self.vectors(adapters)["plain"]
+        assert learned == ["plain", "plain"]
+        matrices = [name for name in factors.names if len(plain.site.base.layers[name].shape) > 1]
+        assert matrices
+        for name in matrices:
+            assert isinstance(dense.read(name), Dense)
+            update = factors.read(name)
+            assert isinstance(update, LowRank)
+            assert update.left_MR.shape[1] == 2
 
     def test_another_base_or_training_is_another_file(self, tmp_path: Path) -> None:
         learner = Learner("example", 0, 40, ("plain",), tmp_path)
@@ -437,6 +478,12 @@ class TestPage:
         page = render(board([run("average", [[0.5]])], [reference()]))
         assert "average" in page
         assert "vs opcm" not in page
+
+    def test_training_that_is_not_the_streams_own_is_told(self) -> None:
+        plain = board([run("average", [[0.5]])], [reference()])
+        assert "Sites trained with" not in render(plain)
+        trained = plain.model_copy(update={"training": {"lora": {"rank": 4}}, "loop": {"steps": 7}})
+        assert "Sites trained with lora (rank 4); loop (steps 7)." in render(trained)
 
     @pytest.mark.parametrize("width", [80, 160])
     def test_the_terminal_shows_every_rule_within_its_width(self, width: int) -> None:
