@@ -410,7 +410,7 @@ def _score_version(config: SiteConfig, state: SiteState, job: PublishJob) -> Met
     assert state.merged is not None, "this version has just been installed"
     memory = state.memory()
     heads = {task.name: memory.heads(task.name, memory.learning) for task in tasks}
-    scores = site.score(tasks, load(state.merged), config.device, heads=heads)
+    scores = site.score(tasks, load(state.merged), config.device, job.tangent, heads)
     found = wire.pack_scores({(wire.PUBLISHED, name): score for name, score in scores.items()})
     return MetricRecord({"score-seconds": time.perf_counter() - started, **found})
 

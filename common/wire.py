@@ -207,7 +207,7 @@ class PublishJob:
 
     Attributes:
         version: its number; ``model``: its hash in the ledger; ``dtype``: of the vector as it is sent.
-        base: fingerprint it is measured from.
+        base: fingerprint it is measured from. ``tangent``: as in :class:`EvaluateJob`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = EXACT
@@ -218,6 +218,7 @@ class PublishJob:
     dtype: Dtype = "f32"
     tasks: tuple[str, ...] = ()
     seed: int = 0
+    tangent: bool = False
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Publishing:
 
     Args:
         folder: for versions on their way out; whatever is in it is removed.
-        base: fingerprint of the pretrained model.
+        base: fingerprint of the pretrained model. ``tangent``: whether sites train its linearisation there.
     """
 
     def __init__(
@@ -65,9 +65,10 @@ class Publishing:
         folder: Path,
         base: str,
         clock: Callable[[], float],
+        tangent: bool = False,
     ) -> None:
         self._mailbox, self._backing, self._settings, self._history = mailbox, backing, settings, history
-        self._folder, self._base, self._clock = folder, base, clock
+        self._folder, self._base, self._clock, self._tangent = folder, base, clock, tangent
         self._offers: dict[int, _Offer] = {}
         self._not_offered: tuple[int, str] = (0, "")
         for leftover in folder.glob("*"):
@@ -82,9 +83,8 @@ class Publishing:
             return False
         tasks = peer.tasks if self._settings.evaluate else ()
         record = offer.record
-        job = PublishJob(
-            record.number, record.sha256, self._base, self._settings.dtype, tasks, self._settings.seed
-        )
+        dtype, seed = self._settings.dtype, self._settings.seed
+        job = PublishJob(record.number, record.sha256, self._base, dtype, tasks, seed, self._tangent)
         peer.offer, peer.published_last = record.number, True
         self._mailbox.put(
             Request(

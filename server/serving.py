@@ -97,7 +97,14 @@ class Serving:
             teaching,
         )
         self._publishing = Publishing(
-            self._mailbox, self._backing, settings, history, folder / "published", base_fingerprint, clock
+            self._mailbox,
+            self._backing,
+            settings,
+            history,
+            folder / "published",
+            base_fingerprint,
+            clock,
+            teaching.training.tangent is not None,
         )
         self._report_at = clock()
 

@@ -9,7 +9,7 @@ from serving_bench import Bench, base
 from fedmerge.client.app import SiteConfig, make_client_app
 from fedmerge.client.memory import SiteMemory, recalled, remember
 from fedmerge.client.outgoing import outgoing
-from fedmerge.client.site import Site, open_site, put
+from fedmerge.client.site import NONE, Site, open_site, put
 from fedmerge.client.tasks import StreamOptions
 from fedmerge.common.compression import Compression
 from fedmerge.common.errors import StoreDamaged
@@ -36,6 +36,24 @@ def test_sites_train_and_compress_as_they_are_asked(tmp_path):
     assert isinstance(vector.read("2.weight"), LowRank)
     assert vector.read("2.weight").rank == 2
     assert reply.content.metric_records["metrics"]["cut"] > 0
+
+
+@pytest.mark.parametrize("options", [(), ("tangent",)])
+def test_versions_are_scored_as_the_model_was_trained(tmp_path, monkeypatch, options):
+    scored = []
+    score = Site.score
+
+    def noted(self, tasks, merged=None, device="auto", tangent=False, heads=NONE):
+        scored.append((merged is not None, tangent))
+        return score(self, tasks, merged, device, tangent, heads)
+
+    monkeypatch.setattr(Site, "score", noted)
+    teaching = Teaching(training=LocalTraining.chosen(options, SHORT))
+    bench = Bench(tmp_path, teaching=teaching, evaluate=True)
+    bench.join(11, "a", "plain")
+    bench.until(lambda: bench.of("evaluated", site="a"))
+    assert (True, bool(options)) in scored
+    assert (True, not options) not in scored
 
 
 def learned_from(tmp_path, held: bool) -> tuple[Bench, torch.Tensor]:
