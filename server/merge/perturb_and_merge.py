@@ -17,6 +17,8 @@ Departures from the paper:
 - alpha is held within 0 and 1, so that M stays a convex combination of task vectors; where the loss has no
   curvature along the step, alpha is 1 / t, as in an average.
 - A layer that an update does not bring takes no part in its alpha, because the site has no Fisher of it.
+- ``unit_trace`` divides each F_i by its sum over the whole model. The empirical Fisher vanishes as a task's
+  loss does, by orders of magnitude, and the task that was fitted worst then decides alpha for all.
 """
 
 from __future__ import annotations
@@ -48,7 +50,11 @@ class Quadratic:
 
 
 class PerturbAndMerge(Rule):
-    """A step of the best length towards every arrival. No options."""
+    """A step of the best length towards every arrival.
+
+    Args:
+        unit_trace: every task's Fisher is scaled to a trace of 1, so that all tasks count alike.
+    """
 
     name: ClassVar[str] = "perturb_and_merge"
     needs: ClassVar[frozenset[str]] = frozenset({Statistic.FISHER})
@@ -56,21 +62,35 @@ class PerturbAndMerge(Rule):
     steps: ClassVar[bool] = True
     states: ClassVar[tuple[type, ...]] = (Quadratic,)
 
+    unit_trace: bool = False
+
     def init(self, layer: LayerSpec) -> Quadratic:
         return Quadratic(*(torch.zeros(layer.matrix_shape) for _ in range(3)))
 
     def measure(self, state: Quadratic, update: LayerUpdate, context: Context = ALONE) -> Tensor:
-        """The layer's part of alpha's numerator and denominator, (2,)."""
-        coming, step_MN = _arrived(state, update, context)
-        slope_MN = coming.weighted_MN - coming.curvature_MN * coming.merged_MN
-        return torch.stack([_dot(step_MN, slope_MN), _dot(step_MN, coming.curvature_MN * step_MN)])
+        """The layer's part of the step's slope and curvature over earlier tasks, of its curvature over
+        its own, and of its Fisher's trace, (4,)."""
+        _, step_MN = arrived(update, state.merged_MN, context)
+        fisher_MN = _fisher(step_MN, context)
+        slope_MN = state.weighted_MN - state.curvature_MN * state.merged_MN
+        known = _dot(step_MN, slope_MN), _dot(step_MN, state.curvature_MN * step_MN)
+        return torch.stack([*known, _dot(step_MN, fisher_MN * step_MN), fisher_MN.double().sum()])
 
     def absorb(
         self, state: Quadratic, prepared: None, update: LayerUpdate, context: Context = ALONE
     ) -> Quadratic:
-        coming, step_MN = _arrived(state, update, context)
-        merged_MN = state.merged_MN + _alpha(context) * step_MN
-        return Quadratic(merged_MN, coming.curvature_MN, coming.weighted_MN)
+        assert context.measured is not None
+        slope, bend, own, trace = map(float, context.measured)
+        scale = 1.0 / trace if self.unit_trace and trace > 0 else 1.0
+        # along the step to its own optimum, a task's slope is its curvature
+        alpha = _alpha(slope + scale * own, bend + scale * own, context.merges)
+        reached_MN, step_MN = arrived(update, state.merged_MN, context)
+        fisher_MN = scale * _fisher(step_MN, context)
+        return Quadratic(
+            state.merged_MN + alpha * step_MN,
+            state.curvature_MN + fisher_MN,
+            state.weighted_MN + fisher_MN * reached_MN,
+        )
 
     def adjust(self, state: Quadratic, update: LayerUpdate) -> Quadratic:
         return replace(state, merged_MN=added(state.merged_MN, update))
@@ -79,20 +99,12 @@ class PerturbAndMerge(Rule):
         return state.merged_MN.clone()
 
 
-def _arrived(state: Quadratic, update: LayerUpdate, context: Context) -> tuple[Quadratic, Tensor]:
-    """A and b with the arrival's, M still without; and the step from M to it."""
-    reached_MN, step_MN = arrived(update, state.merged_MN, context)
-    fisher_MN = context.statistics[Statistic.FISHER].reshape(step_MN.shape)
-    weighted_MN = state.weighted_MN + fisher_MN * reached_MN
-    return Quadratic(state.merged_MN, state.curvature_MN + fisher_MN, weighted_MN), step_MN
+def _fisher(step_MN: Tensor, context: Context) -> Tensor:
+    return context.statistics[Statistic.FISHER].reshape(step_MN.shape)
 
 
-def _alpha(context: Context) -> float:
-    assert context.measured is not None
-    numerator, denominator = map(float, context.measured)
-    if denominator <= 0:
-        return 1.0 / (context.merges + 1)
-    return min(max(numerator / denominator, 0.0), 1.0)
+def _alpha(slope: float, bend: float, merges: int) -> float:
+    return min(max(slope / bend, 0.0), 1.0) if bend > 0 else 1.0 / (merges + 1)
 
 
 def _dot(a_MN: Tensor, b_MN: Tensor) -> Tensor:

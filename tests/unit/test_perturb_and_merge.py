@@ -23,8 +23,10 @@ def flat(rule: PerturbAndMerge, arrival: Arrival) -> tuple[torch.Tensor, torch.T
     return torch.cat(vectors), torch.cat(fishers)
 
 
-def batch(tasks: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def batch(tasks: list[tuple[torch.Tensor, torch.Tensor]], unit_trace: bool = False) -> torch.Tensor:
     """The merged vector with every task's vector and Fisher kept."""
+    if unit_trace:
+        tasks = [(vector, fisher / fisher.sum()) for vector, fisher in tasks]
     merged = torch.zeros_like(tasks[0][0])
     for seen, (vector, _) in enumerate(tasks, 1):
         step = vector - merged
@@ -36,22 +38,22 @@ def batch(tasks: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 
 
 class TestPerturbAndMerge(RuleContract):
-    rules = (PerturbAndMerge(),)
+    rules = (PerturbAndMerge(), PerturbAndMerge(unit_trace=True))
 
     def reference(self, rule, arrivals):
-        parts = batch([flat(rule, arrival) for arrival in arrivals]).split(
+        parts = batch([flat(rule, arrival) for arrival in arrivals], rule.unit_trace).split(
             [layer.matrix_shape[0] * layer.matrix_shape[1] for layer in LAYERS]
         )
         return {x.name: part.reshape(x.shape) for x, part in zip(LAYERS, parts, strict=True)}
 
 
-def absorbed(*arrivals: tuple[list[float], list[float]], merges: int = 0):
+def absorbed(*arrivals: tuple[list[float], list[float]], merges: int = 0, rule: PerturbAndMerge = RULE):
     """The state after vectors and Fishers of one layer of two weights."""
-    state = RULE.init(LAYER)
+    state = rule.init(LAYER)
     for place, (values, fisher) in enumerate(arrivals, merges):
         update, statistics = Dense(torch.tensor([values])), {"fisher": torch.tensor([fisher])}
-        measured = RULE.measure(state, update, Context(place, statistics))
-        state = RULE.absorb(state, None, update, Context(place, statistics, measured=measured))
+        measured = rule.measure(state, update, Context(place, statistics))
+        state = rule.absorb(state, None, update, Context(place, statistics, measured=measured))
     return state
 
 
@@ -95,6 +97,25 @@ def test_without_curvature_along_the_step_it_is_an_average(merges: int) -> None:
     torch.testing.assert_close(state.merged_MN, torch.tensor([[4.0, 8.0]]) / (merges + 1))
 
 
+@pytest.mark.parametrize("scale", [2.0**-30, 1.0, 2.0**20])
+def test_with_unit_traces_a_fishers_size_says_nothing(scale: float) -> None:
+    """F = (1/2, 1/2) and then (3/4, 1/4): A = (5/4, 3/4), b = (2, 1), b - A M = (-3, 1), so that
+    alpha = (12 + 4) / (20 + 12) = 1/2, however large the second Fisher is."""
+    rule = PerturbAndMerge(unit_trace=True)
+    second = [3.0 * scale, 1.0 * scale]
+    state = absorbed(([4.0, 0.0], [1.0, 1.0]), ([0.0, 4.0], second), rule=rule)
+    torch.testing.assert_close(state.merged_MN, torch.tensor([[2.0, 2.0]]))
+    assert state.curvature_MN.tolist() == [[1.25, 0.75]]
+    assert state.weighted_MN.tolist() == [[2.0, 1.0]]
+
+
+def test_with_unit_traces_a_task_without_curvature_is_averaged_in() -> None:
+    rule = PerturbAndMerge(unit_trace=True)
+    state = absorbed(([4.0, 8.0], [0.0, 0.0]), merges=3, rule=rule)
+    assert state.merged_MN.tolist() == [[1.0, 2.0]]
+    assert not state.curvature_MN.any()
+
+
 def test_same_vector_again_stays_where_it_is() -> None:
     state = absorbed(*[([4.0, -3.0], [1.0, 2.0])] * 3)
     assert state.merged_MN.tolist() == [[4.0, -3.0]]
@@ -104,8 +125,9 @@ def test_tasks_that_pull_back_stop_the_step_at_its_start() -> None:
     """M = (0, 2) after two tasks; the third would move along a step on which both lose more."""
     quadratic = RULE.init(LAYER)
     update = Dense(torch.tensor([[1.0, 0.0]]))
-    for measured, wanted in (([-3.0, 2.0], 0.0), ([5.0, 2.0], 1.0), ([1.0, 2.0], 0.5)):
-        context = Context(2, {"fisher": torch.ones(1, 2)}, measured=torch.tensor(measured))
+    for slope, wanted in ((-4.0, 0.0), (4.0, 1.0), (0.0, 0.5)):
+        measured = torch.tensor([slope, 1.0, 1.0, 2.0])
+        context = Context(2, {"fisher": torch.ones(1, 2)}, measured=measured)
         assert RULE.absorb(quadratic, None, update, context).merged_MN.tolist() == [[wanted, 0.0]]
 
 
