@@ -1,13 +1,6 @@
 """The Flower ClientApp of a site: fine-tunes on request and replies with a task vector, never with data.
 
-Configured by the SuperNode's ``--node-config`` (or the run's config, or directly in a simulation):
-
-- ``stream``: where the site's tasks are, ``package.module:function`` or ``path/file.py:function``
-- ``site-name``: its label; ``held-tasks``: comma-separated names of the tasks it holds, all by default
-- ``seed``, ``rows``, ``device``, ``threads``
-- ``privacy.clip``, ``privacy.noise`` and the other fields of :class:`fedmerge.common.privacy.Privacy`
-- ``state``: a folder of this site alone, for what it keeps between messages; a server in serving mode
-  needs it. Only the node config can set it.
+How it is configured is in :mod:`fedmerge.client.config`.
 """
 
 from __future__ import annotations
@@ -15,10 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from hashlib import sha256
-from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -26,25 +18,30 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
 from fedmerge import __version__
+from fedmerge.client import versions
+from fedmerge.client.config import (
+    SiteConfig,
+    check_base,
+    checked,
+    open_configured,
+    options_of,
+    site_config,
+    state_of,
+)
 from fedmerge.client.loading import load_stream
 from fedmerge.client.memory import SiteMemory, recalled, remember
 from fedmerge.client.mods import refuse_flower_dp
 from fedmerge.client.outgoing import Outgoing, outgoing
 from fedmerge.client.resume import RunCheckpoint
-from fedmerge.client.site import Site, open_site
 from fedmerge.client.state import Result, SiteState
-from fedmerge.client.tasks import StreamOptions
 from fedmerge.client.training import OnStep
 from fedmerge.common import wire
 from fedmerge.common.base import Base
 from fedmerge.common.compression import Compression
-from fedmerge.common.config import from_json, listed, validated
-from fedmerge.common.errors import BaseMismatch, ConfigError, TooLarge
-from fedmerge.common.logs import log_to_stderr
-from fedmerge.common.privacy import Privacy
-from fedmerge.common.ranges import MAX_MESSAGE_BYTES, RangeFile, RangeManifest
+from fedmerge.common.config import from_json
+from fedmerge.common.errors import TooLarge
+from fedmerge.common.ranges import MAX_MESSAGE_BYTES
 from fedmerge.common.score import Score
-from fedmerge.common.sources import check_vector
 from fedmerge.common.statistics import statistics_of
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.training import Correction, LocalTraining, SketchSpec
@@ -54,39 +51,10 @@ from fedmerge.common.wire import (
     EvaluateJob,
     Greeting,
     Hello,
-    Holding,
-    PublishJob,
-    ShardJob,
     TrainJob,
 )
 
 logger = logging.getLogger("fedmerge.client")
-
-
-@dataclass(frozen=True)
-class SiteConfig:
-    """What a site needs to know about itself.
-
-    Attributes:
-        stream: the stream's spec. ``held``: names of the tasks this site holds; empty means all.
-        label: the site's name in reports; by default its partition number or node id.
-        rows: bound on training examples per task. ``threads``: torch threads of one message.
-        state: folder of what the site keeps; needed in serving mode.
-        privacy: what is done to an update before it is sent; None sends it as it is.
-        sketch_seed: of the random numbers in sketches, for experiments that are to be repeated; None draws
-            what nobody can repeat.
-    """
-
-    stream: str
-    label: str = ""
-    held: tuple[str, ...] = ()
-    seed: int = 0
-    rows: int | None = None
-    device: str = "auto"
-    threads: int = 1
-    state: Path | None = None
-    privacy: Privacy | None = None
-    sketch_seed: int | None = None
 
 
 def make_client_app(config: SiteConfig | None = None, mods: Sequence[Mod] = ()) -> ClientApp:
@@ -131,66 +99,28 @@ def make_client_app(config: SiteConfig | None = None, mods: Sequence[Mod] = ()) 
 
     @client.query("publish")
     def publish(message: Message, context: Context) -> Message:
-        return Message(_publish(config or site_config(context), message.content), reply_to=message)
+        return Message(versions.publish(config or site_config(context), message.content), reply_to=message)
 
     @client.query("put_shard")
     def put_shard(message: Message, context: Context) -> Message:
-        return Message(_put_shard(config or site_config(context), message.content), reply_to=message)
+        return Message(versions.put_shard(config or site_config(context), message.content), reply_to=message)
 
     @client.query("get_shard")
     def get_shard(message: Message, context: Context) -> Message:
-        return Message(_get_shard(config or site_config(context), message.content), reply_to=message)
+        return Message(versions.get_shard(config or site_config(context), message.content), reply_to=message)
 
     return client
 
 
-def site_config(context: Context) -> SiteConfig:
-    """Reads a site's configuration from Flower's; the node's own settings win over the run's.
-
-    Raises:
-        ConfigError: no stream is named, or a number is none.
-    """
-    given: Mapping[str, object] = {**context.run_config, **context.node_config}
-    if "stream" not in given:
-        raise ConfigError(
-            "this site does not say where its tasks are",
-            where="node config",
-            wanted="stream",
-            do="Start the SuperNode with --node-config 'stream=\"my_site.tasks:stream\"'.",
-        )
-    state = str(context.node_config.get("state", ""))  # the run's key of that name is the server's
-    return SiteConfig(
-        stream=str(given["stream"]),
-        label=str(given.get("site-name", "")),
-        held=listed(given.get("held-tasks", "")),
-        seed=_whole(given, "seed") or 0,
-        rows=_whole(given, "rows"),
-        device=str(given.get("device", "auto")),
-        threads=_whole(given, "threads") or 1,
-        state=Path(state).expanduser() if state else None,
-        privacy=_privacy(context.node_config) or _privacy(context.run_config),  # never some of each
-    )
-
-
-def _privacy(given: Mapping[str, object]) -> Privacy | None:
-    """What ``privacy.clip`` and its like say; None if they say nothing."""
-    prefix = "privacy."
-    said = {
-        key.removeprefix(prefix).replace("-", "_"): v for key, v in given.items() if key.startswith(prefix)
-    }
-    said = {key: value for key, value in said.items() if value != ""}
-    return validated(Privacy, said) if said else None
-
-
 def _hello(config: SiteConfig, label: str, content: RecordDict) -> RecordDict:
     greeting = _greeting(content)
-    state = _state(config) if greeting.serving else None
+    state = state_of(config) if greeting.serving else None
     if state is not None:
         _heed(state, greeting)
     if state is not None and state.base and not greeting.check_base:
-        base, stream = state.base, load_stream(config.stream, _options(config))
+        base, stream = state.base, load_stream(config.stream, options_of(config))
     else:
-        site = _open(config)
+        site = open_configured(config)
         base, stream = site.base.fingerprint, site.stream
     reply = Hello(__version__, label, base, config.held or stream.tasks)
     if state is not None:
@@ -220,7 +150,7 @@ def _heed(state: SiteState, greeting: Greeting) -> None:
 def _train(config: SiteConfig, label: str, content: RecordDict, memory: SiteMemory) -> RecordDict:
     job = wire.unpack_job(TrainJob, content, where="train request")
     if job.keep:
-        state = _state(config)
+        state = state_of(config)
         key = _key(config, job)
         result = state.result(job.task, key)
         if result is None:
@@ -259,9 +189,9 @@ def _learned(
 ) -> Outgoing:
     """What a training request brings: the update as it is sent, and numbers that go with it."""
     where = "train request"
-    site, training = _open(config), from_json(LocalTraining, job.training, where=where)
+    site, training = open_configured(config), from_json(LocalTraining, job.training, where=where)
     compression = Compression.parse(job.compress)
-    _check_base(job.base, site.base)
+    check_base(job.base, site.base)
     origin, version = _origin(config, job, content, site.base)
     memory.begin(job.learning, job.task, job.round)
     task, *also = (
@@ -312,12 +242,12 @@ def _origin(
 ) -> tuple[TaskVector | None, int]:
     """Where a run starts: the vector from the base, None for the base itself; and its version."""
     if job.held:
-        state = _state(config)
+        state = state_of(config)
         if state.merged is None:
             return None, 0
-        return _checked(load(state.merged), base), state.held.number
+        return checked(load(state.merged), base), state.held.number
     if wire.ORIGIN in content:
-        return _checked(wire.unpack_vector(content, wire.ORIGIN, where="origin"), base), job.origin_version
+        return checked(wire.unpack_vector(content, wire.ORIGIN, where="origin"), base), job.origin_version
     return None, job.origin_version
 
 
@@ -341,10 +271,10 @@ def _drawn(words: str) -> int:
 def _correct(config: SiteConfig, label: str, content: RecordDict, memory: SiteMemory) -> RecordDict:
     where = "correction request"
     job = wire.unpack_job(CorrectJob, content, where=where)
-    site, training = _open(config), from_json(LocalTraining, job.training, where=where)
-    _check_base(job.base, site.base)
+    site, training = open_configured(config), from_json(LocalTraining, job.training, where=where)
+    check_base(job.base, site.base)
     merged, previous = (
-        _checked(wire.unpack_vector(content, key, where=key), site.base)
+        checked(wire.unpack_vector(content, key, where=key), site.base)
         for key in (wire.MERGED, wire.PREVIOUS)
     )
     vector, report = site.correct(
@@ -379,65 +309,10 @@ def _key(config: SiteConfig, job: TrainJob) -> str:
     return sha256(told.encode()).hexdigest()
 
 
-def _publish(config: SiteConfig, content: RecordDict) -> RecordDict:
-    job = wire.unpack_job(PublishJob, content, where="publish request")
-    state = _state(config)
-    metrics = MetricRecord()
-    if (state.held.number, state.held.model) != (job.version, job.model):
-        if wire.MANIFEST in content:
-            manifest = wire.unpack_job(RangeManifest, content, where="publish request", key=wire.MANIFEST)
-            arriving = RangeFile(state.incoming, manifest)
-            if arriving.missing:
-                held = state.held
-                return _holding(Holding(held.number, held.model, arriving.missing), metrics)
-            arrived = arriving.finish()
-        else:
-            arrived = state.write_incoming(wire.vector_bytes(content, wire.VECTOR, where="publish request"))
-        site = _open(config)
-        _check_base(job.base, site.base)
-        _checked(load(arrived), site.base)
-        state.install(arrived, number=job.version, model=job.model, dtype=job.dtype)
-        logger.info("version %d has arrived", job.version)
-    if job.tasks:
-        metrics = _score_version(config, state, job)
-    return _holding(Holding(job.version, job.model), metrics)
-
-
-def _score_version(config: SiteConfig, state: SiteState, job: PublishJob) -> MetricRecord:
-    site = _open(config)
-    started = time.perf_counter()
-    tasks = [site.task(name, 0, 1, "iid", job.seed) for name in job.tasks]
-    assert state.merged is not None, "this version has just been installed"
-    memory = state.memory()
-    heads = {task.name: memory.heads(task.name, memory.learning) for task in tasks}
-    scores = site.score(tasks, load(state.merged), config.device, job.tangent, heads)
-    found = wire.pack_scores({(wire.PUBLISHED, name): score for name, score in scores.items()})
-    return MetricRecord({"score-seconds": time.perf_counter() - started, **found})
-
-
-def _put_shard(config: SiteConfig, content: RecordDict) -> RecordDict:
-    job = wire.unpack_job(ShardJob, content, where="shard")
-    state = _state(config)
-    arriving = RangeFile.resume(state.incoming, job.sha256)
-    arriving.write(job.index, wire.vector_bytes(content, wire.RANGE, where="shard"))
-    held = state.held
-    return _holding(Holding(held.number, held.model, arriving.missing), MetricRecord())
-
-
-def _get_shard(config: SiteConfig, content: RecordDict) -> RecordDict:
-    job = wire.unpack_job(ShardJob, content, where="shard request")
-    data = _state(config).read_range(job.sha256, job.index)
-    return RecordDict({wire.JOB: wire.pack_job(job), wire.RANGE: wire.pack_vector(data)})
-
-
-def _holding(holding: Holding, metrics: MetricRecord) -> RecordDict:
-    return RecordDict({wire.JOB: wire.pack_job(holding), wire.METRICS: metrics})
-
-
 def _evaluate(config: SiteConfig, content: RecordDict, memory: SiteMemory) -> RecordDict:
     job = wire.unpack_job(EvaluateJob, content, where="evaluate request")
-    site = _open(config)
-    _check_base(job.base, site.base)
+    site = open_configured(config)
+    check_base(job.base, site.base)
     started = time.perf_counter()
     tasks = [
         site.task(name, part, parts, job.partition, job.seed)
@@ -460,48 +335,9 @@ def _merged_models(content: RecordDict, base: Base) -> list[tuple[str, TaskVecto
     if not keys:
         return [("base", None)]
     return [
-        (key.removeprefix(wire.MERGED), _checked(wire.unpack_vector(content, key, where=key), base))
+        (key.removeprefix(wire.MERGED), checked(wire.unpack_vector(content, key, where=key), base))
         for key in keys
     ]
-
-
-def _checked(vector: TaskVector, base: Base) -> TaskVector:
-    _check_base(vector.manifest.base, base)
-    check_vector(vector, base)
-    return vector
-
-
-def _check_base(theirs: str, base: Base) -> None:
-    if theirs != base.fingerprint:
-        raise BaseMismatch(
-            "the server merges over another pretrained model",
-            got=theirs[:12] or "none",
-            wanted=base.fingerprint[:12],
-            do="Install the weights that the server registered.",
-        )
-
-
-def _open(config: SiteConfig) -> Site:
-    """The site; its model is built once per process, its tasks are listed anew."""
-    log_to_stderr()
-    torch.set_num_threads(config.threads)
-    options = _options(config)
-    return replace(open_site(config.stream, options), stream=load_stream(config.stream, options))
-
-
-def _options(config: SiteConfig) -> StreamOptions:
-    return StreamOptions(config.seed, config.rows)
-
-
-def _state(config: SiteConfig) -> SiteState:
-    if config.state is None:
-        raise ConfigError(
-            "this site has no folder to keep versions and results in",
-            where="node config",
-            wanted="state",
-            do="Start the SuperNode with --node-config 'state=\"/var/lib/fedmerge/site\" ...'.",
-        )
-    return SiteState(config.state)
 
 
 def _simulated(context: Context) -> bool:
@@ -532,15 +368,6 @@ def _progress(label: str, task: str) -> OnStep:
 
 def _label(config: SiteConfig, context: Context) -> str:
     return config.label or f"site-{context.node_config.get('partition-id', context.node_id)}"
-
-
-def _whole(given: Mapping[str, object], key: str) -> int | None:
-    value = given.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError("not a whole number", where="node config", got=f"{key}={value!r}")
-    return value
 
 
 app = make_client_app()

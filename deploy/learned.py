@@ -1,8 +1,9 @@
 """Task vectors of a stream for comparing rules: each task learned once from the base, and kept on request.
 
 A kept vector is a task vector file whose name holds a hash of what the learning depended on: stream, seed,
-rows, task, base, training settings and options, the file that defines the stream, and the versions of fedmerge and torch.
-If any of that changes the file is not found. A vector with fewer statistics than are needed is learned again.
+rows, task, base, training settings and options, the file that defines the stream, and the versions of
+fedmerge and torch. If any of that changes the file is not found. A vector with fewer statistics than are
+needed is learned again.
 """
 
 from __future__ import annotations

@@ -192,7 +192,8 @@ def _run_in_flower(
     from flwr.serverapp import Grid, ServerApp
     from flwr.simulation import run_simulation
 
-    from fedmerge.client.app import SiteConfig, make_client_app
+    from fedmerge.client.app import make_client_app
+    from fedmerge.client.config import SiteConfig
     from fedmerge.server.engine.ray_engine import start_ray
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what fails at a site is in the history

@@ -22,7 +22,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedmerge.client.app import SiteConfig, make_client_app
+from fedmerge.client.app import make_client_app
+from fedmerge.client.config import SiteConfig
 from fedmerge.common import wire
 from fedmerge.common.base import Base
 from fedmerge.common.taskvector import TaskVector

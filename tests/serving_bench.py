@@ -9,7 +9,7 @@ from pathlib import Path
 from fake_service import FakeService
 from local_grid import FakeClock, Fault, LocalGrid, site
 
-from fedmerge.client.app import SiteConfig
+from fedmerge.client.config import SiteConfig
 from fedmerge.client.state import SiteState
 from fedmerge.common.base import Base
 from fedmerge.deploy.streams.example import build_model

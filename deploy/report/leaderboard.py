@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from fedmerge.common.writing import make_folder
 from fedmerge.deploy.report import metrics
 from fedmerge.deploy.report.results import Amount, Count, Difference, Fraction, Frozen, Settings, write_csv
@@ -114,8 +116,8 @@ class Leaderboard(Frozen):
     orders: Count
     rows: Count | None
     quick: bool
-    training: dict[str, Settings] = {}
-    loop: Settings = {}
+    training: dict[str, Settings] = Field(default_factory=dict)
+    loop: Settings = Field(default_factory=dict)
     workers: Count
     rules: dict[str, RuleFacts]
     references: list[Reference]

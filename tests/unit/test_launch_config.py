@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 from flwr.common.config import parse_config_args
 from pydantic import BaseModel
 
-from fedmerge.client.app import site_config
+from fedmerge.client.config import site_config
 from fedmerge.common.errors import ConfigError, FileError
 from fedmerge.common.layers import LayerKind
 from fedmerge.common.privacy import Privacy

@@ -62,9 +62,11 @@ def test_type_checkers_see_every_package() -> None:
             {
                 "common/wire.py",
                 "client/app.py",
+                "client/config.py",
                 "client/flower.py",
                 "client/memory.py",
                 "client/mods.py",
+                "client/versions.py",
                 "server/app.py",
                 "server/correcting.py",
                 "server/federation.py",

@@ -95,7 +95,7 @@ def test_a_hello_is_repeated_as_often_as_told_and_only_to_idle_sites(tmp_path):
 
 def test_only_the_first_hello_loads_the_model(tmp_path, monkeypatch):
     bench, opened, really = Bench(tmp_path, Fault(kind=wire.TRAIN, error="not today")), [], open_site
-    monkeypatch.setattr("fedmerge.client.app.open_site", lambda *of: opened.append(of) or really(*of))
+    monkeypatch.setattr("fedmerge.client.config.open_site", lambda *of: opened.append(of) or really(*of))
     bench.join(A, "a", "plain")
     bench.until(lambda: bench.sent(wire.HELLO) == 4)
     assert len(opened) == 1

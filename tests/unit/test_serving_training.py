@@ -6,7 +6,8 @@ from flwr.app import Context, RecordDict
 from local_grid import ROWS, sent_vector
 from serving_bench import Bench, base
 
-from fedmerge.client.app import SiteConfig, make_client_app
+from fedmerge.client.app import make_client_app
+from fedmerge.client.config import SiteConfig
 from fedmerge.client.memory import SiteMemory, recalled, remember
 from fedmerge.client.outgoing import outgoing
 from fedmerge.client.site import NONE, Site, open_site, put

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmerge.client.app import SiteConfig, site_config
+from fedmerge.client.config import SiteConfig, site_config
 from fedmerge.client.state import HeldVersion, SiteState
 from fedmerge.common.errors import FileError, NotFound, StoreFull
 from fedmerge.common.taskvector import Manifest, TaskVector
