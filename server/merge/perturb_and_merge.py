@@ -85,7 +85,7 @@ class PerturbAndMerge(Rule):
         # along the step to its own optimum, a task's slope is its curvature
         alpha = _alpha(slope + scale * own, bend + scale * own, context.merges)
         reached_MN, step_MN = arrived(update, state.merged_MN, context)
-        fisher_MN = scale * _fisher(step_MN, context)
+        fisher_MN = (scale * _fisher(step_MN, context).double()).float()  # 1 / trace may be beyond float32
         return Quadratic(
             state.merged_MN + alpha * step_MN,
             state.curvature_MN + fisher_MN,

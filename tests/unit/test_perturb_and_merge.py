@@ -97,7 +97,7 @@ def test_without_curvature_along_the_step_it_is_an_average(merges: int) -> None:
     torch.testing.assert_close(state.merged_MN, torch.tensor([[4.0, 8.0]]) / (merges + 1))
 
 
-@pytest.mark.parametrize("scale", [2.0**-30, 1.0, 2.0**20])
+@pytest.mark.parametrize("scale", [2.0**-140, 2.0**-30, 1.0, 2.0**20])
 def test_with_unit_traces_a_fishers_size_says_nothing(scale: float) -> None:
     """F = (1/2, 1/2) and then (3/4, 1/4): A = (5/4, 3/4), b = (2, 1), b - A M = (-3, 1), so that
     alpha = (12 + 4) / (20 + 12) = 1/2, however large the second Fisher is."""
