@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
 
 import torch
@@ -31,7 +32,7 @@ from fedmerge.client.config import (
 from fedmerge.client.loading import load_stream
 from fedmerge.client.memory import SiteMemory, recalled, remember
 from fedmerge.client.mods import refuse_flower_dp
-from fedmerge.client.outgoing import Outgoing, outgoing
+from fedmerge.client.outgoing import Outgoing, as_it_is, outgoing
 from fedmerge.client.resume import RunCheckpoint
 from fedmerge.client.state import Result, SiteState
 from fedmerge.client.training import OnStep
@@ -233,7 +234,8 @@ def _learned(
         found = ", ".join(vector.manifest.statistics)
         size = statistics_of(vector).payload_bytes
         logger.info("%s measured %s on %s: %d bytes", label, found, job.task, size)
-    sent = outgoing(vector, config.privacy, compression, memory)
+    measured = partial(site.beyond_base, origin=origin) if job.held else as_it_is
+    sent = outgoing(vector, config.privacy, compression, memory, measured)
     return replace(sent, numbers={**numbers, **sent.numbers})
 
 

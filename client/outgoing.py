@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,13 +24,23 @@ class Outgoing:
     numbers: Mapping[str, int | float] = field(default_factory=dict)
 
 
+def as_it_is(vector: TaskVector) -> TaskVector:
+    return vector
+
+
 def outgoing(
-    vector: TaskVector, privacy: Privacy | None, compression: Compression, memory: SiteMemory
+    vector: TaskVector,
+    privacy: Privacy | None,
+    compression: Compression,
+    memory: SiteMemory,
+    measured: Callable[[TaskVector], TaskVector] = as_it_is,
 ) -> Outgoing:
     """What is sent of a vector. Compression sees what is private already.
 
     Args:
         memory: counts releases, and holds what was not sent in earlier rounds.
+        measured: puts what is private on top of what everybody knows, such as the model that training started
+            from, which is neither clipped nor blurred.
 
     Raises:
         StoreDamaged: privacy is asked for, and how often the site has released something is not known.
@@ -41,6 +51,7 @@ def outgoing(
         spent = memory.released(releases(1, vector.manifest.statistics))
         vector = privatise(vector, privacy)
         numbers["epsilon"] = epsilon(privacy.noise, spent, privacy.delta)
+    vector = measured(vector)
     if compression == Compression():
         return Outgoing(vector, numbers=numbers)
     sent = compress(vector, compression, memory.tensors)

@@ -52,7 +52,7 @@ def privatise(vector: TaskVector, privacy: Privacy, entropy: Entropy = os.urando
         NonFinite: a layer or a statistic with NaN or infinities.
     """
     told = statistics_of(vector)
-    bounds = {kind: privacy.bound(kind) for _, kind in told.stored(vector.names)}
+    bounds = {kind: privacy.bound(kind) for _, kind in told.stored(told.shapes)}
     updates = dict(vector.items())
     tensors = [tensor for update in updates.values() for tensor in update.tensors()]
     release = _Release(tensors, privacy.clip, privacy.noise, entropy, vector.label)
@@ -110,15 +110,15 @@ def _released(update: LayerUpdate, release: _Release) -> LayerUpdate:
 def _statistics(
     vector: TaskVector, told: Statistics, bounds: Mapping[str, float], noise: float, entropy: Entropy
 ) -> Statistics:
-    stored = told.stored(vector.names)
-    held: dict[str, dict[str, Tensor]] = {layer: {} for layer in vector.names}
+    stored = told.stored(told.shapes)
+    held: dict[str, dict[str, Tensor]] = {layer: {} for layer in told.shapes}
     for kind, bound in bounds.items():
         layers = [layer for layer, name in stored if name == kind]
         norms = (_as_small(kind, told(layer)[kind]) for layer in layers)
         release = _Release(norms, bound, noise, entropy, vector.label)
         for layer in layers:
             held[layer][kind] = _valid(kind, told(layer)[kind], release)
-    for layer, holder in told.shared_among(vector.names).items():
+    for layer, holder in told.shared_among(told.shapes).items():
         held[layer][Statistic.INPUT_GRAM] = held[holder][Statistic.INPUT_GRAM]
     return Statistics.of(held)
 

@@ -80,7 +80,7 @@ class Site:
 
         Args:
             origin_version: the version that ``origin`` is, 0 if it is none.
-            from_base: measures the vector from the base instead, every layer and whole.
+            from_base: statistics come of every layer, because :meth:`beyond_base` will make a vector of all.
             heads: weights of private layers to start from, in place of those the model was built with.
             needs: names of statistics that come with the vector, of every layer that it stores.
             training: what departs from the stream's training. ``also``: tasks to learn at the same time; the
@@ -97,8 +97,8 @@ class Site:
         check_needs(needs)
         training = self._with_heads(training or PLAIN)
         check_fit([task, *also], training, needs)
-        started, moments = self._start(origin), dict[str, Tensor]()
-        put(self.model, self._with_built(heads))
+        started, moments = self._started(origin), dict[str, Tensor]()
+        put(self.model, {name: started.read(name) for name in started.layers} | self._with_built(heads))
 
         def keep_moments(optimizer: Optimizer) -> None:
             if Statistic.SECOND_MOMENT in needs:
@@ -127,13 +127,11 @@ class Site:
                 checkpoint=checkpoint,
             )
         manifest = Manifest(self.base.fingerprint, origin_version, task.name, site, report.examples)
-        if from_base and origin is not None:
-            vector = self._beyond_base(manifest)
-        else:
-            vector = self._moved(started, report, manifest)
+        vector = self._moved(started, report, manifest)
         if needs:
             measuring = partial(measure, sketch=sketch, bases=bases, private_seed=private_seed)
-            found = self._measured(learned, needs, vector.names, moments, seed, device, measuring)
+            names = self.base.merged_layers if from_base and origin is not None else vector.names
+            found = self._measured(learned, needs, names, moments, seed, device, measuring)
             manifest = replace(vector.manifest, statistics=tuple(sorted(set(needs))))
             vector = replace(vector, manifest=manifest, statistics=Statistics.of(found))
         return vector, report
@@ -150,20 +148,25 @@ class Site:
         config = settled(self.stream.training, loop)
         return replace(config, steps=config.steps * tasks)
 
-    def _beyond_base(self, manifest: Manifest) -> TaskVector:
-        """What the model's weights are beyond the base's, every layer and whole, in memory."""
-        tuned, private = self._tuned(manifest), self.stream.private
-        return TaskVector.from_checkpoints(self.base, tuned, manifest=manifest, private=private).in_memory()
+    def beyond_base(self, moved: TaskVector, origin: TaskVector | None) -> TaskVector:
+        """A vector that was measured from the base plus ``origin``, measured from the base; in memory.
 
-    def _tuned(self, manifest: Manifest) -> Checkpoint:
-        return Checkpoint.of(self.model.state_dict(), f"fine-tuned {manifest.task}")
+        Every layer is whole. Statistics are those of ``moved``.
+        """
+        if origin is None:
+            return moved
+        tuned = Checkpoint.of(dict(moved.apply(self._started(origin))), moved.label)
+        vector = TaskVector.from_checkpoints(
+            self.base, tuned, manifest=moved.manifest, private=self.stream.private
+        )
+        return replace(vector.in_memory(), statistics=moved.statistics)
 
     def _moved(self, started: Base, report: TrainingReport, manifest: Manifest) -> TaskVector:
         """What the model's weights are beyond those it started from, in memory."""
         still = frozenset(started.merged_layers) - report.trained
         vector = TaskVector.from_checkpoints(
             started,
-            self._tuned(manifest),
+            Checkpoint.of(self.model.state_dict(), f"fine-tuned {manifest.task}"),
             manifest=manifest,
             frozen=(*self.stream.training.frozen, *map(escape, still)),
             private=self.stream.private,
@@ -282,13 +285,11 @@ class Site:
         """Puts the base's weights back."""
         put(self.model, {name: self.base.read(name) for name in self.base.layers})
 
-    def _start(self, origin: TaskVector | None) -> Base:
+    def _started(self, origin: TaskVector | None) -> Base:
+        """The weights a run starts from, as a base of their own."""
         if origin is None:
-            self.reset()
             return self.base
-        weights = dict(origin.apply(self.base))
-        put(self.model, weights)
-        return replace(self.base, checkpoint=Checkpoint.of(weights, "origin"))
+        return replace(self.base, checkpoint=Checkpoint.of(dict(origin.apply(self.base)), "origin"))
 
 
 @lru_cache(maxsize=1)

@@ -26,8 +26,8 @@ class Privacy(BaseModel):
     """Clipping and noise.
 
     Attributes:
-        clip: most L2 norm of all numbers of a task vector as they are sent, over all layers as if
-            concatenated; of a low-rank layer these are the factors.
+        clip: most L2 norm of all numbers that a run has moved, over all layers as if concatenated; of a
+            low-rank layer these are the factors.
         noise: standard deviation of the noise on every number, in multiples of the bound; 0 adds none.
         delta: probability that epsilon does not hold.
         input_gram, fisher, second_moment, sketch, residual: the same bound of that kind of statistic, over

@@ -1,5 +1,7 @@
 """Do sites of a serving server train as it asks, from where it asks, and go on after a stop?"""
 
+from functools import partial
+
 import pytest
 import torch
 from flwr.app import Context, RecordDict
@@ -81,6 +83,48 @@ def test_a_site_may_start_from_the_version_it_holds_and_sends_what_is_beyond_the
     at.learn(task, seed=0, site="a", origin=merged, device="cpu", training=training)
     for name, weight in at.model.state_dict().items():
         assert torch.allclose(base().read(name) + vector.read(name).to_dense(), weight, atol=1e-6)
+
+
+def test_noise_and_clipping_are_for_what_a_run_has_moved_and_not_for_the_version_it_started_from(tmp_path):
+    at = open_site("example", StreamOptions(0, ROWS))
+    merged, _ = at.learn(at.task("reversed", 0, 1, "iid", 0), seed=5, site="x", device="cpu")
+    assert merged.norm() > 0.5
+    needs, each = ("fisher",), ("plain", 0, 1, "iid", 0)
+    moved, _ = at.learn(
+        at.task(*each), seed=0, site="a", device="cpu", origin=merged, from_base=True, needs=needs
+    )
+    assert moved.norm() > 0.5
+    privacy = Privacy(clip=0.5, noise=0.0, fisher=1e9)
+    measured = partial(at.beyond_base, origin=merged)
+    sent = outgoing(moved, privacy, Compression(), SiteMemory(), measured).vector
+    added = {name: sent.read(name).to_dense() - merged.read(name).to_dense() for name in merged.names}
+    assert TaskVector.of(added).norm() == pytest.approx(0.5, rel=1e-4)
+    whole = measured(moved)
+    assert sent.names == whole.names == tuple(base().merged_layers)
+    for name in sent.names:
+        assert torch.allclose(sent.statistics(name)["fisher"], whole.statistics(name)["fisher"])
+
+
+def test_low_rank_factors_are_blurred_as_factors_also_where_a_run_starts_from_a_version(tmp_path):
+    at = open_site("example", StreamOptions(0, ROWS))
+    merged, _ = at.learn(at.task("reversed", 0, 1, "iid", 0), seed=5, site="x", device="cpu")
+    training = LocalTraining.chosen(["lora"], SHORT | {"lora": {"rank": 1, "targets": "2.weight"}})
+    moved, _ = at.learn(
+        at.task("plain", 0, 1, "iid", 0),
+        seed=0,
+        site="a",
+        device="cpu",
+        origin=merged,
+        from_base=True,
+        training=training,
+    )
+    measured = partial(at.beyond_base, origin=merged)
+    sent = outgoing(moved, Privacy(clip=0.1, noise=3.0), Compression(), SiteMemory(), measured).vector
+    added = {name: sent.read(name).to_dense() - merged.read(name).to_dense() for name in merged.names}
+    singular = torch.linalg.svdvals(added.pop("2.weight"))
+    assert singular[0] > 1e-2
+    assert bool((singular[1:] < 1e-5).all())
+    assert all(values.abs().max() < 1e-6 for values in added.values())
 
 
 def test_a_site_that_is_not_asked_to_starts_from_the_base(tmp_path):
