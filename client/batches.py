@@ -23,6 +23,12 @@ def split(examples: int, share: float, seed: int) -> tuple[list[int], list[int]]
     return sorted(order[count:]), sorted(order[:count])
 
 
+def drawn(rows: int, examples: int, seed: int) -> list[int]:
+    """Different row numbers, drawn by seed; all of them if there are no more."""
+    order: list[int] = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[:examples]
+
+
 def steps_of(config: TrainingConfig, examples: int) -> int:
     """Optimizer steps of a run over so many examples."""
     if config.epochs is None:

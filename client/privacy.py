@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from fedmerge.common.errors import NonFinite
+from fedmerge.common.lowrank import balanced
 from fedmerge.common.privacy import Privacy
 from fedmerge.common.statistics import Statistic, Statistics, is_factor, statistics_of
-from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, TaskVector
+from fedmerge.common.taskvector import Dense, LayerUpdate, LowRank, TaskVector, require_mergeable
 
 Entropy = Callable[[int], bytes]
 """So many random bytes that nobody can foresee."""
@@ -39,7 +40,8 @@ def privatise(vector: TaskVector, privacy: Privacy, entropy: Entropy = os.urando
     """The vector and its statistics, clipped and with noise on every number that is sent.
 
     - Layers: at or below the bound they pass as they are, above they are scaled down to it, all by one
-      factor; then noise. Of low-rank layers both factors. Layers called unchanged stay so.
+      factor; then noise. Of low-rank layers both factors, as small as they can be for their product, so that
+      the same noise hides less of it. Layers called unchanged stay so.
     - Statistics: one release for each kind, over all layers as if concatenated. A Gram is released as the
       matrix, and its noisy version made symmetric, positive semidefinite and a factor again; one that several
       layers share is released once. Means of squares are cut off at 0 afterwards, residuals also at 1.
@@ -53,7 +55,7 @@ def privatise(vector: TaskVector, privacy: Privacy, entropy: Entropy = os.urando
     """
     told = statistics_of(vector)
     bounds = {kind: privacy.bound(kind) for _, kind in told.stored(told.shapes)}
-    updates = dict(vector.items())
+    updates = {name: _smallest(update, vector.label, name) for name, update in vector.items()}
     tensors = [tensor for update in updates.values() for tensor in update.tensors()]
     release = _Release(tensors, privacy.clip, privacy.noise, entropy, vector.label)
     layers = {name: _released(update, release) for name, update in updates.items()}
@@ -99,6 +101,11 @@ class _Release:
             return values
         noise = gaussian(tuple(values.shape), self._entropy) * self._deviation
         return (values.double() + noise).to(values.dtype)
+
+
+def _smallest(update: LayerUpdate, label: str, name: str) -> LayerUpdate:
+    require_mergeable(update, where=label, layer=name)
+    return balanced(update) if isinstance(update, LowRank) else update
 
 
 def _released(update: LayerUpdate, release: _Release) -> LayerUpdate:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from fedmerge.client.batches import drawn
 from fedmerge.client.grams import InputGrams, Watcher
 from fedmerge.client.running import batch_of, left_as_found, place_of, seeded
 from fedmerge.client.sketches import InputSketches
@@ -120,7 +121,7 @@ def _of_single_examples(
     grams = InputGrams(model, layers, where)
     fisher = _Fisher(model, layers, where) if Statistic.FISHER in wanted else None
     with grams.watching() if Statistic.INPUT_GRAM in wanted else nullcontext():
-        for row in _drawn(length(task.train), config.statistics_examples, seed):
+        for row in drawn(length(task.train), config.statistics_examples, seed):
             with torch.set_grad_enabled(fisher is not None):
                 loss = task.loss(model, batch_of(task, task.train, [row], place))
             if not math.isfinite(float(loss.detach())):
@@ -194,12 +195,6 @@ class _Fisher:
             found[name] = (total / self._examples).cpu()
             require_finite(found[name], where=self._where, layer=name)
         return found
-
-
-def _drawn(rows: int, examples: int, seed: int) -> list[int]:
-    """Different row numbers, drawn by seed; all of them if there are no more."""
-    order: list[int] = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order[:examples]
 
 
 def _where(task: Task) -> str:

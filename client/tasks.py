@@ -33,7 +33,7 @@ class TrainingConfig:
         max_grad_norm: gradient clipping over all parameters as if concatenated; 0 switches it off.
         frozen: shell-style patterns of parameters that are not trained and not sent.
         statistics_examples: training examples that statistics are measured on, where a merge rule needs
-            them; all if there are fewer. At least 1.
+            them, and the gradient that LoRA begins with; all if there are fewer. At least 1.
         gram_energy: share of the trace that an input Gram keeps when it is sent as a factor of low rank,
             above 0 and at most 1.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedmerge.client.batches import Order, split, steps_of
+from fedmerge.client.batches import Order, drawn, split, steps_of
 from fedmerge.client.loop import TrainingLoop, optimizer_of
 from fedmerge.client.options import options_of
 from fedmerge.client.options.option import Run
@@ -22,7 +22,7 @@ from fedmerge.client.tasks import Task, TrainingConfig, length
 from fedmerge.common.errors import ConfigError
 from fedmerge.common.layers import matches
 from fedmerge.common.score import Score
-from fedmerge.common.taskvector import LayerUpdate
+from fedmerge.common.taskvector import LayerUpdate, require_finite
 from fedmerge.common.training import LocalTraining, Stop
 from fedmerge.common.training import Loop as LoopSettings
 
@@ -129,6 +129,9 @@ def fine_tune(
             memory={} if memory is None else memory,
             ends_task=ends_task,
             held_out_loss=partial(mean_loss, model, task, held_out, config.eval_batch_size, place),
+            gradients=partial(
+                mean_gradients, model, task, _some(rows, config, seed), config.batch_size, place
+            ),
         )
         options = options_of(training, run)
         with ExitStack() as stack:
@@ -173,6 +176,11 @@ def score(model: nn.Module, task: Task, batch_size: int = 64, device: str = "aut
             batch = batch_of(task, task.test, range(start, min(start + batch_size, examples)), place)
             total += float(task.metric(model, batch).double().sum())
     return Score(total / examples, examples)
+
+
+def _some(rows: Sequence[int], config: TrainingConfig, seed: int) -> list[int]:
+    """As many of these examples as statistics are measured on."""
+    return [rows[i] for i in drawn(len(rows), config.statistics_examples, seed)]
 
 
 def _rows(task: Task, stop: Stop | None, seed: int) -> tuple[list[int], list[int]]:
@@ -233,6 +241,39 @@ def mean_loss(
     return total / len(rows)
 
 
+def mean_gradients(
+    model: nn.Module,
+    task: Task,
+    rows: Sequence[int],
+    batch_size: int,
+    place: torch.device,
+    names: Iterable[str],
+) -> dict[str, Tensor]:
+    """Gradients of the mean of ``task.loss`` over these training examples, in evaluation mode, for those of
+    these parameters that it depends on. The model is left as it was.
+
+    Raises:
+        NonFinite: the loss or a gradient is NaN or infinite.
+    """
+    found: dict[str, Tensor] = {}
+    with left_as_found(model), torch.enable_grad():
+        model.eval()
+        own = dict(model.named_parameters())
+        wanted = {name: own[name].requires_grad_() for name in names}
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            loss = task.loss(model, batch_of(task, task.train, batch, place)) * (len(batch) / len(rows))
+            if not loss.requires_grad:
+                continue
+            gradients = torch.autograd.grad(loss, tuple(wanted.values()), allow_unused=True)
+            for name, gradient in zip(wanted, gradients, strict=True):
+                if gradient is not None:
+                    found[name] = found.get(name, 0.0) + gradient.float()
+    for name, gradient in found.items():
+        require_finite(gradient, where=f"gradient at the start of task {task.name!r}", layer=name)
+    return found
+
+
 def freeze(model: nn.Module, config: TrainingConfig) -> dict[str, nn.Parameter]:
     """Switches gradients off for frozen parameters; returns those still trained, by name.
 
@@ -257,7 +298,7 @@ def check_training(task: Task, config: TrainingConfig, place: torch.device) -> N
     where = f"task {task.name!r}"
     if not length(task.train):
         raise ConfigError("no training examples", where=where, wanted="at least 1")
-    for key in ("steps", "epochs", "batch_size", "accumulate"):
+    for key in ("steps", "epochs", "batch_size", "accumulate", "statistics_examples"):
         count = getattr(config, key)
         if count is not None and count < 1:
             raise ConfigError(f"{key} out of range", where=where, got=count, wanted="at least 1")

@@ -46,6 +46,20 @@ def truncated(
     return LowRank(left_MK.float(), right_KN.float(), update.shape), float(squares[kept:].sum())
 
 
+def balanced(update: LowRank) -> LowRank:
+    """The same product by the factors ``U sqrt(S)`` and ``sqrt(S) V^T`` of its singular value decomposition.
+
+    No factors of that product have a smaller sum of squares. Their rank is that of the update, or the layer's
+    shorter side where that is less.
+    """
+    matrix, left, right = _core(update)
+    basis_MK, values_K, basis_KN = torch.linalg.svd(matrix, full_matrices=False)
+    left_MK, right_KN = basis_MK * values_K.sqrt(), values_K.sqrt()[:, None] * basis_KN
+    if left is not None and right is not None:
+        left_MK, right_KN = left @ left_MK, right_KN @ right
+    return LowRank(left_MK.float(), right_KN.float(), update.shape)
+
+
 def _core(update: LayerUpdate) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A small matrix of the same singular values, and what it is to be multiplied with on either side."""
     if isinstance(update, LowRank) and update.rank < min(update.left_MR.shape[0], update.right_RN.shape[1]):

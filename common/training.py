@@ -48,12 +48,15 @@ class Lora(_Frozen):
 
     Attributes:
         rank: of every adapter. ``alpha``: the product is scaled by alpha / rank; None is the rank.
+        init: the input directions that an adapter begins with: the leading ones of the loss's ``gradient``,
+            or ``random`` ones.
         targets: comma-separated patterns of the matrix layers that get one; empty means all.
         full: comma-separated patterns of parameters that are trained whole beside them.
     """
 
     rank: Count = 8
     alpha: Annotated[float, Field(gt=0)] | None = None
+    init: Literal["gradient", "random"] = "gradient"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: str = ""
     full: str = ""

@@ -1,6 +1,7 @@
 """A low-rank adapter within a model that is being trained.
 
-Legend of shape suffixes: M out rows, N in columns, R rank; M is the first dimension of the weight as stored.
+Legend of shape suffixes: M out rows, N in columns, R rank; M is the first dimension of the weight as stored,
+but for ``begin_with``, whose N are inputs however the weight is stored.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedmerge.common.layers import stores_in_by_out
@@ -27,6 +29,13 @@ class Adapter:
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper
         self.layer: nn.Module = wrapper.get_base_layer()
+
+    def begin_with(self, inputs_RN: Tensor) -> None:
+        """Puts these in place of the first input directions; an adapter that has fewer takes as many."""
+        weight = self._wrapper.lora_A[NAME].weight
+        count = min(len(inputs_RN), len(weight))
+        with torch.no_grad():
+            weight[:count] = inputs_RN[:count].reshape(count, *weight.shape[1:])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``left_MR, right_RN`` whose product is added to the weight; the scale is in the left one."""

@@ -10,7 +10,18 @@ Everything without an adapter is frozen, but for parameters that ``full`` names,
 private parameters that a site trains belong there. A pattern of ``full`` may match nothing. After the run the
 model has its own modules again, with the products in their weights.
 
-Legend of shape suffixes: M out rows, N in columns, R rank.
+Where an adapter begins: B is zero, so the model starts as it is, and steps move the layer within the rows
+of A. Random rows, as published, look at random directions of the input. The task vector then says nothing of
+the inputs that its task has, and any two of them are nearly orthogonal, which merge rules take for tasks that
+have nothing to do with each other. So by default A has the leading right singular vectors of the loss's
+gradient for the whole weight, as in LoRA-GA (arXiv 2407.05000), over some of the task's examples.
+
+Departures from LoRA-GA: B stays zero, where it has the left singular vectors and subtracts the product from
+the weight, which here stays the base's. And A is scaled so that a step on B moves the layer as far as one on
+the whole weight would at the same rate. AdamW's first steps have the size of the rate in every number, so its
+rows have norm sqrt(N / R); steps of SGD are proportional to the gradient, so their rows have norm 1.
+
+Legend of shape suffixes: M out rows, N in columns, R rank, Q directions that are looked for.
 """
 
 from __future__ import annotations
@@ -19,6 +30,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
+from math import sqrt
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,6 +45,12 @@ from fedmerge.common.layers import matches, stores_in_by_out
 from fedmerge.common.taskvector import LayerUpdate, LowRank
 from fedmerge.common.training import Lora
 
+SPARE = 8
+"""Directions that a randomised decomposition looks for beyond those that are wanted."""
+
+ROUNDING = 1e-6
+"""Singular values of a float32 matrix at or below this share of the largest are rounding."""
+
 
 class LowRankAdaptation(Option):
     """Trains adapters, and merges them into the weights at the end, also when the run raises."""
@@ -43,16 +61,20 @@ class LowRankAdaptation(Option):
         self._updates: dict[str, LayerUpdate] = {}
 
     def __enter__(self) -> Self:
-        """Puts the adapters in; B is zero, A is drawn by torch's global generator.
+        """Puts the adapters in; B is zero, and torch's global generator is used for A.
 
         Raises:
             ConfigError: peft is missing, or a pattern of ``targets`` matches no layer that can have one.
+            NonFinite: the loss or its gradient is NaN or infinite.
         """
         full = listed(self._config.full)
         whole = {name: p for name, p in self.run.trained.items() if matches(name, full)}
         self._modules = self._chosen(whole)
+        begins = self._leading_inputs() if self._config.init == "gradient" else {}
         try:
             self._inject()
+            for name, inputs_RN in begins.items():
+                self.run.adapters[name].begin_with(inputs_RN)
         except BaseException:
             self._take_out()
             raise
@@ -95,6 +117,18 @@ class LowRankAdaptation(Option):
             if matches(name, patterns)
         }
 
+    def _leading_inputs(self) -> dict[str, Tensor]:
+        """By layer, the input directions (R, N) along which a step on the whole weight would lower the loss
+        most; fewer, or none, where the loss does not depend on so many."""
+        layers = {f"{path}.weight": module for path, module in self._modules.items()}
+        rank, adaptive = self._config.rank, self.run.config.optimizer == "adamw"
+        found = {}
+        for name, gradient in self.run.gradients(layers).items():
+            gradient_MN = gradient.T if stores_in_by_out(layers[name]) else gradient.flatten(1)
+            inputs_RN = _leading(gradient_MN, rank)
+            found[name] = inputs_RN * (sqrt(inputs_RN.shape[1] / rank) if adaptive else 1.0)
+        return found
+
     def _inject(self) -> None:
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -128,6 +162,14 @@ class LowRankAdaptation(Option):
             parent, _, leaf = path.rpartition(".")
             setattr(self.run.model.get_submodule(parent), leaf, module)
         vars(self.run.model).pop("peft_config", None)
+
+
+def _leading(gradient_MN: Tensor, rank: int) -> Tensor:
+    """The leading right singular vectors as rows, at most ``rank``, and none that rounding has made."""
+    most = min(gradient_MN.shape)
+    _, values_Q, right_NQ = torch.svd_lowrank(gradient_MN.float(), q=min(rank + SPARE, most), niter=4)
+    count = int((values_Q[:rank] > ROUNDING * values_Q[0]).sum())
+    return right_NQ[:, :count].T
 
 
 def _sent(factor: Tensor) -> Tensor:

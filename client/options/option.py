@@ -17,7 +17,7 @@ All of them do nothing by default. An option belongs to one run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -52,6 +52,8 @@ class Run:
         ends_task: whether no further run of the same task follows.
         optimizer: of everything in ``trained``; made once the options are entered.
         held_out_loss: mean loss, now, over the examples that ``stop`` holds out of training.
+        gradients: of the mean loss over some training examples, now, without dropout: by name, for those of
+            these parameters that the loss depends on.
         over: set by an option to end the run after this step.
         kept: the step whose weights the model ends with, if it is not the last.
     """
@@ -70,6 +72,7 @@ class Run:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
     held_out_loss: Callable[[], float] = lambda: math.nan
+    gradients: Callable[[Iterable[str]], Mapping[str, Tensor]] = lambda names: {}
     step: int = 0
     over: bool = False
     kept: int | None = None

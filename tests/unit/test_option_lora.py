@@ -1,15 +1,18 @@
 """Are adapters what the update says they are, and is the model itself again afterwards?"""
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from small_tasks import CONFIG, network, points, run_of, same, task, weights
+from small_tasks import CONFIG, hits, loss, network, points, run_of, same, task, weights
 from torch import nn
+from torch.utils.data import default_collate
 from transformers.pytorch_utils import Conv1D
 
 from fedmerge.client.options.lora import LowRankAdaptation
-from fedmerge.client.training import fine_tune, score
+from fedmerge.client.training import fine_tune, mean_gradients, score
 from fedmerge.common.errors import ConfigError, NonFinite
 from fedmerge.common.training import LocalTraining, Lora
 
@@ -142,7 +145,7 @@ def test_run_that_raises_leaves_the_weights_of_its_last_step():
     counted = iter(range(100))
 
     def breaks(model, batch):
-        return task().loss(model, batch) * (torch.nan if next(counted) == 4 else 1)
+        return task().loss(model, batch) * (torch.nan if model.training and next(counted) == 4 else 1)
 
     models = [network(), network()]
     with pytest.raises(KeyboardInterrupt):
@@ -197,6 +200,95 @@ def test_adapter_that_peft_refuses_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(ValueError, match="refused"):
         adapted(model).__enter__()
     assert list(model.modules()) == modules
+
+
+WHOLE = replace(CONFIG, steps=1, batch_size=50, schedule="constant", max_grad_norm=0.0)
+"""One step on all examples of the task at once."""
+
+
+def gradient_of(model: nn.Module, name: str) -> torch.Tensor:
+    """Of the mean loss over all examples of the task, float64."""
+    rows = points(50)
+    value = task().loss(model, default_collate([rows[i] for i in range(50)]))
+    (gradient,) = torch.autograd.grad(value, [model.get_parameter(name)])
+    return gradient.double()
+
+
+def moved_by(config, training, model: nn.Module, name: str) -> torch.Tensor:
+    """What a run adds to one weight, float64."""
+    before = model.get_parameter(name).detach().double()
+    fine_tune(model, task(), config, seed=0, training=training)
+    return model.get_parameter(name).detach().double() - before
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_step_of_sgd_is_the_gradients_part_in_its_leading_input_directions(rank):
+    gradient_MN = gradient_of(network(), "0.weight")
+    left, values, right = torch.linalg.svd(gradient_MN, full_matrices=False)
+    expected = -0.05 * (left[:, :rank] * values[:rank]) @ right[:rank]
+    moved = moved_by(replace(WHOLE, optimizer="sgd"), lora(rank=rank), network(), "0.weight")
+    torch.testing.assert_close(moved, expected, atol=1e-6, rtol=1e-4)
+    at_random = moved_by(
+        replace(WHOLE, optimizer="sgd"), lora(rank=rank, init="random"), network(), "0.weight"
+    )
+    assert (at_random - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_first_step_of_adamw_moves_a_layer_as_far_as_one_on_the_whole_weight(rank):
+    whole = moved_by(WHOLE, None, network(), "0.weight")
+    factors = moved_by(WHOLE, lora(rank=rank), network(), "0.weight")
+    torch.testing.assert_close(factors.norm(dim=1), whole.norm(dim=1), rtol=1e-3, atol=1e-5)
+
+
+def test_adapters_of_all_kinds_of_layers_begin_with_their_leading_inputs():
+    rows = default_collate([points(50)[i] for i in range(50)])
+    model = Mixed().eval()
+    task().loss(model, rows).backward()
+    of_inputs = {
+        "patches": model.patches.weight.grad.flatten(1),
+        "inner": model.inner.weight.grad.T,
+        "head": model.head.weight.grad,  # of rank 1: two classes
+    }
+    run = run_of(Mixed())
+    run.gradients = partial(mean_gradients, run.model, task(), list(range(50)), 16, torch.device("cpu"))
+    with LowRankAdaptation(run, Lora(rank=2)) as option:
+        for path, gradient_MN in of_inputs.items():
+            begun = option.run.trained[f"{path}.lora_A.fedmerge.weight"].detach().flatten(1)
+            assert not option.run.trained[f"{path}.lora_B.fedmerge.weight"].any()
+            count = 1 if path == "head" else 2
+            right = torch.linalg.svd(gradient_MN, full_matrices=False).Vh[:count]
+            size = math.sqrt(gradient_MN.shape[1] / 2)
+            found = (begun[:count] @ right.T).abs()
+            torch.testing.assert_close(found, size * torch.eye(count), atol=1e-2, rtol=1e-3)
+
+
+def test_a_layer_that_the_loss_does_not_depend_on_begins_at_random():
+    model = nn.ModuleDict({"used": network(), "spare": nn.Linear(4, 4)})
+    trained = task(
+        loss=lambda model, batch: loss(model["used"], batch), metric=lambda m, b: hits(m["used"], b)
+    )
+    report = fine_tune(model, trained, CONFIG, 0, training=lora(rank=1))
+    assert report.updates["spare.weight"].right_RN.any()
+    assert not report.updates["spare.weight"].to_dense().any()
+    assert report.updates["used.0.weight"].to_dense().any()
+
+
+def test_more_directions_than_a_gradient_has_are_filled_with_random_ones():
+    report = fine_tune(network(), task(), replace(CONFIG, steps=3), 0, training=lora(rank=6))
+    assert report.updates["3.weight"].right_RN.shape == (6, 8)
+    assert int(torch.linalg.matrix_rank(report.updates["3.weight"].right_RN)) == 6
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_first_step():
+    def breaks(model, batch):
+        return loss(model, batch) * torch.nan
+
+    model = network()
+    before = weights(model)
+    with pytest.raises(NonFinite, match="gradient at the start of task 'two blobs'"):
+        fine_tune(model, task(loss=breaks), CONFIG, 0, training=lora())
+    assert same(before, weights(model))
 
 
 def test_update_is_small():

@@ -36,12 +36,16 @@ def normal(shape, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def vector(seed: int = 0, scale: float = 1.0) -> TaskVector:
-    layers = {
-        "w": normal((6, 8), seed) * scale,
-        "b": normal((6,), seed + 1) * scale,
-        "lora": LowRank(normal((5, 2), seed + 2) * scale, normal((2, 7), seed + 3) * scale, (5, 7)),
-    }
+def whole(seed: int = 0) -> dict[str, torch.Tensor]:
+    return {"w": normal((6, 8), seed), "b": normal((6,), seed + 1)}
+
+
+def factors(seed: int = 0) -> LowRank:
+    return LowRank(normal((5, 2), seed + 2), normal((2, 7), seed + 3), (5, 7))
+
+
+def vector(seed: int = 0) -> TaskVector:
+    layers = {**whole(seed), "lora": factors(seed)}
     return TaskVector.of(layers, unchanged=["embed"], manifest=Manifest(task="cats", examples=9))
 
 
@@ -66,7 +70,7 @@ def test_no_more_than_the_bound_is_sent(clip, seed):
 
 @pytest.mark.parametrize("room", [1.0, 1.0 + 1e-9, 50.0])
 def test_a_vector_at_or_below_the_bound_passes_unaltered(room):
-    given = vector()
+    given = TaskVector.of(whole())
     sent = privatise(given, Privacy(clip=sent_norm(given) * room, noise=0))
     assert torch.equal(numbers(sent), numbers(given))
 
@@ -77,10 +81,32 @@ def test_a_norm_that_is_the_bound_is_not_above_it():
 
 
 def test_a_vector_above_the_bound_is_scaled_as_a_whole():
-    given = vector()
+    given = TaskVector.of(whole())
     sent = privatise(given, Privacy(clip=sent_norm(given) / 4, noise=0))
     torch.testing.assert_close(numbers(sent), numbers(given) / 4, rtol=1e-6, atol=0)
     assert sent_norm(sent) == pytest.approx(sent_norm(given) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("uneven", [1.0, 100.0])
+def test_factors_are_as_small_as_their_product_lets_them_be(uneven):
+    """Their sum of squares is then twice the sum of the product's singular values."""
+    product, given = factors().to_dense(), factors()
+    given = TaskVector.of({"w": LowRank(given.left_MR * uneven, given.right_RN / uneven, given.shape)})
+    sent = privatise(given, Privacy(clip=1e3, noise=0))
+    assert sent.read("w").rank == 2
+    torch.testing.assert_close(sent.read("w").to_dense(), product, rtol=1e-5, atol=1e-5)
+    least = 2 * float(torch.linalg.svdvals(product.double()).sum())
+    assert sent_norm(sent) ** 2 == pytest.approx(least, rel=1e-5)
+    clipped = privatise(given, Privacy(clip=math.sqrt(least) / 2, noise=0)).read("w")
+    torch.testing.assert_close(clipped.to_dense(), product / 4, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [5, 9])
+def test_factors_of_a_rank_that_the_layer_cannot_have_become_fewer(rank):
+    given = LowRank(normal((5, rank)), normal((rank, 7), 1), (5, 7))
+    sent = privatise(TaskVector.of({"w": given}), Privacy(clip=1e3, noise=0)).read("w")
+    assert sent.rank == 5
+    torch.testing.assert_close(sent.to_dense(), given.to_dense(), rtol=1e-5, atol=1e-5)
 
 
 def test_both_factors_count_not_their_product():
