@@ -400,8 +400,13 @@ class Federation:
         return layout_hash(self.config, self.models, self.base.fingerprint)
 
     def _save(self, run: TaskRun | None = None) -> None:
-        """Writes down how far the run has come; ``run`` is the task under way, and its rounds count."""
-        if self._checkpoints is None or (run is not None and not self._checkpoints.due(run.round - 1)):
+        """Writes down how far the run has come; ``run`` is the task under way, and its rounds count.
+
+        Where updates are compressed they do not: within a task, sites remember what they have not sent.
+        """
+        if self._checkpoints is None:
+            return
+        if run is not None and (self.config.compress != "none" or not self._checkpoints.due(run.round - 1)):
             return
         unscored = self._scoring.unscored
         self._saved += 1

@@ -8,8 +8,9 @@ last, so that a stop at any moment leaves the one before:
     N-moved                  what the task under way has moved so far, a task vector file
     N-version-V-NAME         merged vectors that have not been scored by all sites
 
-What sites keep is theirs and is not here. After a stop error feedback begins anew, and so do privacy accounts
-and what options remember of earlier tasks: runs with these had better start over.
+What sites keep is theirs and is not here. After a stop privacy accounts begin anew, and so does what options
+remember of earlier tasks: runs with these had better start over. What compression left out is remembered
+within a task alone, so runs with compression write nothing down between a task's rounds.
 """
 
 from __future__ import annotations

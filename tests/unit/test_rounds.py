@@ -388,6 +388,15 @@ def test_a_stopped_run_ends_with_the_bits_and_scores_of_an_unbroken_one(tmp_path
     assert len(jobs(grid)) <= 12 - after + 2
 
 
+@pytest.mark.parametrize("after", [3, 6, 9, 11])
+def test_a_stopped_run_with_compression_loses_nothing_of_what_sites_have_not_sent(tmp_path, after):
+    layout = LAYOUT | {"rounds": 3, "compress": "int8"}
+    whole = federate(two_sites(), "fedavg", **layout)
+    resumed, grid = stopped_and_resumed(tmp_path, after, wire.TRAIN, "fedavg", **layout)
+    assert merged_bits(resumed, "fedavg") == merged_bits(whole, "fedavg")
+    assert len(jobs(grid)) == (12 if after < 6 else 6)
+
+
 @pytest.mark.parametrize("after", [2, 3, 5])
 def test_a_run_that_stops_while_a_version_is_scored_has_it_scored(tmp_path, after):
     layout = LAYOUT | {"rounds": 2}
