@@ -104,8 +104,11 @@ class _Release:
 
 
 def _smallest(update: LayerUpdate, label: str, name: str) -> LayerUpdate:
+    """A layer as it is released: of a low-rank one, the factors with the least sum of squares."""
+    if not isinstance(update, LowRank):
+        return update
     require_mergeable(update, where=label, layer=name)
-    return balanced(update) if isinstance(update, LowRank) else update
+    return balanced(update)
 
 
 def _released(update: LayerUpdate, release: _Release) -> LayerUpdate:

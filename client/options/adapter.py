@@ -31,11 +31,11 @@ class Adapter:
         self.layer: nn.Module = wrapper.get_base_layer()
 
     def begin_with(self, inputs_RN: Tensor) -> None:
-        """Puts these in place of the first input directions; an adapter that has fewer takes as many."""
+        """Puts these, no more than its rank, in place of its first input directions."""
         weight = self._wrapper.lora_A[NAME].weight
-        count = min(len(inputs_RN), len(weight))
+        count = len(inputs_RN)
         with torch.no_grad():
-            weight[:count] = inputs_RN[:count].reshape(count, *weight.shape[1:])
+            weight[:count] = inputs_RN.reshape(count, *weight.shape[1:])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``left_MR, right_RN`` whose product is added to the weight; the scale is in the left one."""

@@ -263,11 +263,14 @@ def test_adapters_of_all_kinds_of_layers_begin_with_their_leading_inputs():
             torch.testing.assert_close(found, size * torch.eye(count), atol=1e-2, rtol=1e-3)
 
 
-def test_a_layer_that_the_loss_does_not_depend_on_begins_at_random():
+@pytest.mark.parametrize("share", [None, 0.0])
+def test_a_layer_that_the_loss_does_not_depend_on_begins_at_random(share):
+    def both(model, batch):
+        value = loss(model["used"], batch)
+        return value if share is None else value + share * model["spare"](batch[0]).sum()
+
     model = nn.ModuleDict({"used": network(), "spare": nn.Linear(4, 4)})
-    trained = task(
-        loss=lambda model, batch: loss(model["used"], batch), metric=lambda m, b: hits(m["used"], b)
-    )
+    trained = task(loss=both, metric=lambda m, b: hits(m["used"], b))
     report = fine_tune(model, trained, CONFIG, 0, training=lora(rank=1))
     assert report.updates["spare.weight"].right_RN.any()
     assert not report.updates["spare.weight"].to_dense().any()
