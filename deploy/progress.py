@@ -15,7 +15,8 @@ PHASES = ("fine-tuning", "merging", "scoring")
 
 
 class RunProgress:
-    """Bars for fine-tuning, merging and scoring; failures as lines above them."""
+    """Bars for fine-tuning, merging and scoring; failures as lines above them. Where nobody watches, as in a
+    file, every version is a line too."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -38,12 +39,19 @@ class RunProgress:
         match event:
             case {"event": "trained", "site": site, "task": task}:
                 self._advance("fine-tuning", f"{site} learned {task}")
+            case {"event": "learning", "methods": methods}:
+                self._write(event, f"learning for {', '.join(methods)}")
             case {"event": "published", "task": task, "version": number}:
                 self._advance("merging", f"version {number}: {task}")
+                self._write(event, f"version {number}: {task}")
             case {"event": "evaluated", "site": site, "version": number}:
                 self._advance("scoring", f"{site}, version {number}")
             case {"event": "failed", "site": site, "task": task, "phase": phase, "reason": reason}:
                 self.console.print(f"[red]failed[/red] {phase} {task} {site}: {reason}", highlight=False)
+
+    def _write(self, event: Event, line: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(f"{event['at']:8.1f} s  {line}", highlight=False)
 
     def _advance(self, phase: str, note: str) -> None:
         if self._bars is not None:
