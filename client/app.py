@@ -155,12 +155,12 @@ def _train(config: SiteConfig, label: str, content: RecordDict, memory: SiteMemo
         key = _key(config, job)
         result = state.result(job.task, key)
         if result is None:
-            memory = state.memory()
+            memory = state.memory(key)
             started = state.held.model if job.held else ""
             words = f"{key} {started} {__version__} {torch.__version__}"
             checkpoint = RunCheckpoint(state.folder / "run", words)
             sent = _learned(config, label, job, content, memory, checkpoint)
-            state.remember(memory)
+            state.remember(memory, key)
             result = state.keep(
                 sent.vector, sent.dtype, key=key, metrics=sent.numbers, range_bytes=job.range_bytes
             )

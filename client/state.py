@@ -7,7 +7,8 @@ Layout:
     incoming*               a version that is arriving in ranges
     outbox/                 results of training: KEY.safetensors and, once that is complete, KEY.json
     refusals.jsonl          results that the server refused, and why
-    memory.safetensors      what the site keeps from one local run to the next; memory.json: of which
+    memory.safetensors      what the site keeps from one local run to the next, memory-before.safetensors what
+                            it kept before the last one; memory.json: how often it has released something
     run/                    where a local run stands, until its result is kept
     base.json               fingerprint of the base when it was last computed
 
@@ -29,14 +30,20 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from fedmerge.client.memory import SiteMemory, memory_of
-from fedmerge.common.errors import MismatchError, NotFound, StoreFull
+from fedmerge.common.errors import FileError, MismatchError, NotFound, StoreFull
+from fedmerge.common.header import read_header
 from fedmerge.common.ranges import RangeManifest, read_file
 from fedmerge.common.records import Dtype
 from fedmerge.common.taskvector import TaskVector
 from fedmerge.common.vectorfile import save
 from fedmerge.common.writing import replacing
+
+MEMORY, BEFORE = "memory.safetensors", "memory-before.safetensors"
+OF = "of"
+"""Names, in a memory's metadata, the training that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -200,31 +207,44 @@ class SiteState:
 
     # --- memory ---
 
-    def memory(self) -> SiteMemory:
+    def memory(self, key: str = "") -> SiteMemory:
         """What the site keeps from run to run; empty at first, and where it cannot be read.
 
-        The number of releases is kept in ``memory.json``, which is written after the tensors. If that file is
-        damaged the number is not known.
+        The number of releases is in ``memory.json``. If that file is damaged the number is not known.
+
+        Args:
+            key: of the training that is about to run. If it has run before, its result was not kept or is
+                gone again, and the memory is the one from before it.
         """
+        facts, tensors = _read_memory(self.folder / MEMORY)
+        if not facts or (key and facts.get(OF) == key):
+            facts, tensors = _read_memory(self.folder / BEFORE)
+        return memory_of(tensors, {**facts, "releases": self._releases()})
+
+    def remember(self, memory: SiteMemory, key: str = "") -> None:
+        """Puts a memory in place of the one before, which stays beside it; the releases are counted first.
+
+        Args:
+            key: of the training that it comes from.
+        """
+        facts = memory.facts()
+        _write(self.folder / "memory.json", {"releases": facts["releases"]})
+        path, about = self.folder / MEMORY, {"learning": memory.learning, "task": memory.task, OF: key}
+        if path.is_file():
+            path.replace(self.folder / BEFORE)
+        with replacing(path) as file:
+            file.write(save_tensors(dict(memory.tensors), about))
+
+    def _releases(self) -> object:
+        """As it was written down, 0 if it never was; None if it cannot be read."""
         about = self.folder / "memory.json"
         if not about.is_file():
-            return SiteMemory()
+            return 0
         try:
             facts = json.loads(about.read_bytes())
         except (OSError, ValueError):
-            return SiteMemory(releases=None)
-        path = self.folder / "memory.safetensors"
-        try:
-            tensors = load_file(path) if path.is_file() else {}
-        except SafetensorError:
-            tensors = {}
-        return memory_of(tensors, facts if isinstance(facts, dict) else {})
-
-    def remember(self, memory: SiteMemory) -> None:
-        """Puts a memory in place of the one before."""
-        with replacing(self.folder / "memory.safetensors") as file:
-            file.write(save_tensors(dict(memory.tensors)))
-        _write(self.folder / "memory.json", memory.facts())
+            return None
+        return facts.get("releases") if isinstance(facts, dict) else None
 
     # --- the base ---
 
@@ -243,6 +263,16 @@ class SiteState:
 @dataclass(frozen=True)
 class _Base:
     fingerprint: str
+
+
+def _read_memory(path: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
+    """What a memory is of, and its tensors; nothing where there is none that can be read."""
+    if not path.is_file():
+        return {}, {}
+    try:
+        return read_header(path).metadata, load_file(path)
+    except (FileError, SafetensorError):
+        return {}, {}
 
 
 def _name(task: str) -> str:

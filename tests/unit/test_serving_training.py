@@ -13,6 +13,7 @@ from fedmerge.client.config import SiteConfig
 from fedmerge.client.memory import SiteMemory, recalled, remember
 from fedmerge.client.outgoing import outgoing
 from fedmerge.client.site import NONE, Site, open_site, put
+from fedmerge.client.state import SiteState
 from fedmerge.client.tasks import StreamOptions
 from fedmerge.common.compression import Compression
 from fedmerge.common.errors import StoreDamaged
@@ -190,12 +191,62 @@ def test_what_a_site_remembers_outlives_its_process(tmp_path):
     assert (found.learning, found.task, found.releases) == ("opcm", "plain", 7)
 
 
-@pytest.mark.parametrize("name", ["memory.json", "memory.safetensors"])
-def test_a_damaged_memory_is_an_empty_one(tmp_path, name):
+@pytest.mark.parametrize("damage", [b"{", b""])
+def test_a_damaged_memory_is_the_one_before_or_an_empty_one(tmp_path, damage):
     state = Bench(tmp_path).state("a")
     state.remember(SiteMemory({"coso/0.weight": torch.eye(3)}, "opcm", "plain", 7))
-    (state.folder / name).write_bytes(b"{")
-    assert state.memory().tensors == {}
+    (state.folder / "memory.safetensors").write_bytes(damage)
+    assert state.memory() == SiteMemory(releases=7)
+    state.remember(SiteMemory({"coso/0.weight": torch.eye(3)}, "opcm", "plain", 8))
+    state.remember(SiteMemory({"coso/0.weight": torch.ones(2)}, "opcm", "shuffled", 9))
+    (state.folder / "memory.safetensors").write_bytes(damage)
+    found = state.memory()
+    assert torch.equal(found.tensors["coso/0.weight"], torch.eye(3))
+    assert (found.task, found.releases) == ("plain", 9)
+
+
+def test_a_training_that_runs_again_finds_the_memory_from_before_it_and_all_releases(tmp_path):
+    state = Bench(tmp_path).state("a")
+    state.remember(SiteMemory({"coso/0.weight": torch.eye(3)}, "opcm", "plain", 1), "first")
+    state.remember(SiteMemory({"coso/0.weight": torch.ones(2)}, "opcm", "shuffled", 2), "second")
+    again, next_one = state.memory("second"), state.memory("third")
+    assert (again.task, again.releases, again.tensors["coso/0.weight"].shape) == ("plain", 2, (3, 3))
+    assert (next_one.task, next_one.releases, next_one.tensors["coso/0.weight"].shape) == (
+        "shuffled",
+        2,
+        (2,),
+    )
+    state.remember(again, "second")
+    assert state.memory("third").task == "plain"
+
+
+@pytest.mark.parametrize("method", ["remember", "keep"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_site_that_dies_before_its_result_is_kept_learns_the_same_again(tmp_path, monkeypatch, method, nth):
+    training = LocalTraining.chosen(["coso"], SHORT | {"coso": {"rank": 2, "energy": 0.5}})
+    benches = [Bench(tmp_path / name, teaching=Teaching(training=training)) for name in ("whole", "broken")]
+    benches[0].join(11, "a", "plain", "shuffled")
+    benches[0].until(lambda: len(benches[0].learned()) == 2)
+
+    whole, calls = getattr(SiteState, method), iter(range(1, 100))
+
+    def dies(self, *given, **named):
+        if next(calls) == nth:
+            raise Killed
+        return whole(self, *given, **named)
+
+    monkeypatch.setattr(SiteState, method, dies)
+    benches[1].join(11, "a", "plain", "shuffled")
+    with pytest.raises(Killed):
+        benches[1].settle(400)
+    benches[1].restart()
+    benches[1].until(lambda: len(benches[1].learned()) == 2, steps=2000)
+    for one, other in zip(*(map(sent_vector, b.grid.trained()[-2:]) for b in benches), strict=True):
+        assert one.manifest.task == other.manifest.task
+        assert all(torch.equal(one.read(n).to_dense(), other.read(n).to_dense()) for n in one.names)
+    memories = [bench.state("a").memory().tensors for bench in benches]
+    assert memories[0].keys() == memories[1].keys() != set()
+    assert all(torch.equal(memories[0][key], memories[1][key]) for key in memories[0])
 
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b'{"releases": "7"}', b'{"releases": -3}'])
