@@ -46,6 +46,7 @@ WIDTH = 10.5  # inches; the report's column
 MAX_NAME = 18  # letters of a task's or site's name in a figure
 MAX_BARS_IN_A_ROW = 48
 LEGEND_LINE = 0.21  # inches
+LEAST_ROOM = 10  # points of accuracy that the lines of a figure are given at least
 BOUNDS: tuple[tuple[str, str, LineStyle, LineStyle], ...] = (
     ("fine-tuned alone", "fine_tuned", "--", "-"),
     ("base, zero-shot", "zero_shot", ":", ":"),
@@ -87,19 +88,24 @@ def accuracy_over_merges(results: Results) -> Figure:
     """The mean accuracy over the tasks merged so far, one line per rule, with both bounds dashed.
 
     The bounds, and a model that learned all tasks at once, are means over the very same tasks as the rules'
-    points, so they move with them.
+    points, so they move with them. A bound far below all rules is a number in the legend.
     """
     figure = new_figure(WIDTH, 4.6)
     ax = figure.add_subplot()
+    drawn_heights: list[float] = []
     for rule, look in looks(results).items():
         reached = results.rules[rule].accuracy_so_far
         if results.rules[rule].joint:
             reached = _so_far(results, results.final(rule))
         _line(ax, reached, look, short(rule, 26), factor=100)
+        drawn_heights += [100 * value for value in reached if value is not None]
     for name, source, dash, _ in BOUNDS:
         accuracies = getattr(results, source)
         heights = [percentage(a) for a in _so_far(results, [accuracies.get(task) for task in results.tasks])]
-        if any(height is not None for height in heights):
+        known = [height for height in heights if height is not None]
+        if known and _far_below(known, drawn_heights):
+            ax.plot([], [], color=INK, linestyle=dash, label=f"{name}: {known[-1]:.0f} %, far below")
+        elif known:
             places, drawn = _points(heights)
             if len(places) == 1:  # a line of one point is not seen
                 places, drawn = [0.8, 1.2], drawn * 2
@@ -111,6 +117,14 @@ def accuracy_over_merges(results: Results) -> Figure:
     ax.set_ylim(max(low - 2, 0), min(high + 2, 101))
     legend_right(ax)
     return figure
+
+
+def _far_below(bound: Sequence[float], reached: Sequence[float]) -> bool:
+    """Whether drawing a bound would press the lines of the rules together; both in %."""
+    if not reached:
+        return False
+    room = max(max(reached) - min(reached), LEAST_ROOM)
+    return max(bound) < min(reached) - 3 * room
 
 
 def final_accuracy(results: Results) -> Figure:

@@ -181,6 +181,16 @@ class TestFigures:
             assert edges.y0 <= label.y0 < label.y1 <= edges.y1
             assert ax.get_window_extent().x1 <= drawn.x0
 
+    @pytest.mark.parametrize(("base", "drawn"), [(0.5, True), (0.01, False)])
+    def test_a_base_far_below_leaves_the_rules_their_room(self, base: float, drawn: bool) -> None:
+        results = fake_results(TASKS[:3])
+        results = _without(results, zero_shot=dict.fromkeys(results.tasks, base), fine_tuned={})
+        figure = figures.accuracy_over_merges(results)
+        low, _ = figure.axes[0].get_ylim()
+        assert (low < 100 * base + 1) == drawn
+        label = "base, zero-shot" if drawn else f"base, zero-shot: {100 * base:.0f} %, far below"
+        assert label in [text.get_text() for text in figure.legends[0].texts]
+
     def test_matrices_of_all_rules_share_their_colours(self) -> None:
         results = fake_results()
         limits = {heatmaps.accuracy_matrix(results, rule).axes[1].get_ylim() for rule in RULES[:4]}
