@@ -216,9 +216,7 @@ class SiteState:
             key: of the training that is about to run. If it has run before, its result was not kept or is
                 gone again, and the memory is the one from before it.
         """
-        facts, tensors = _read_memory(self.folder / MEMORY)
-        if not facts or (key and facts.get(OF) == key):
-            facts, tensors = _read_memory(self.folder / BEFORE)
+        facts, tensors = _read_memory(self._memory_before(key))
         return memory_of(tensors, {**facts, "releases": self._releases()})
 
     def remember(self, memory: SiteMemory, key: str = "") -> None:
@@ -230,10 +228,16 @@ class SiteState:
         facts = memory.facts()
         _write(self.folder / "memory.json", {"releases": facts["releases"]})
         path, about = self.folder / MEMORY, {"learning": memory.learning, "task": memory.task, OF: key}
-        if path.is_file():
+        if self._memory_before(key) == path:
             path.replace(self.folder / BEFORE)
         with replacing(path) as file:
             file.write(save_tensors(dict(memory.tensors), about))
+
+    def _memory_before(self, key: str) -> Path:
+        """The file of the last memory that can be read and is not of that training."""
+        facts, _ = _read_memory(self.folder / MEMORY)
+        passed_over = not facts or (key and facts.get(OF) == key)
+        return self.folder / (BEFORE if passed_over else MEMORY)
 
     def _releases(self) -> object:
         """As it was written down, 0 if it never was; None if it cannot be read."""

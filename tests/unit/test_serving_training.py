@@ -218,6 +218,10 @@ def test_a_training_that_runs_again_finds_the_memory_from_before_it_and_all_rele
     )
     state.remember(again, "second")
     assert state.memory("third").task == "plain"
+    for size in (4, 5):  # it runs again and again
+        state.remember(SiteMemory({"coso/0.weight": torch.ones(size)}, "opcm", "shuffled", 3), "second")
+        assert torch.equal(state.memory("second").tensors["coso/0.weight"], torch.eye(3))
+        assert state.memory("third").tensors["coso/0.weight"].shape == (size,)
 
 
 @pytest.mark.parametrize("method", ["remember", "keep"])
